@@ -1,0 +1,37 @@
+"""Small, fast CIFAR-100 networks for timm. Importing the package registers the models.
+
+    import timm, mobilenets_zoo
+    model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
+"""
+
+from mobilenets_zoo import data, files, models, pretrained, profiling
+from mobilenets_zoo.classes import CIFAR100_CLASSES
+from mobilenets_zoo.condensing import CondenseSchedule, check_equivalent, condense, group_lasso
+from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.models import MobileNetV1, MobileNetV2
+from mobilenets_zoo.pretrained import WeightsError, manifest, save_weights
+from mobilenets_zoo.profiling import Profile, profile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CIFAR100_CLASSES",
+    "CondenseSchedule",
+    "CondensedConv2d",
+    "LearnedGroupConv2d",
+    "MobileNetV1",
+    "MobileNetV2",
+    "Profile",
+    "WeightsError",
+    "check_equivalent",
+    "condense",
+    "data",
+    "files",
+    "group_lasso",
+    "manifest",
+    "models",
+    "pretrained",
+    "profile",
+    "profiling",
+    "save_weights",
+]

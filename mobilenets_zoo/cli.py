@@ -1,0 +1,284 @@
+"""The command line: `mobilenets-zoo list | info | predict | evaluate`."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import click
+import timm
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import mobilenets_zoo as mz
+
+__all__ = ["main"]
+
+MODEL_PATTERN = "*_cifar100"
+
+
+class InputError(Exception):
+    """Bad input; the message is one line that says what is wrong and what to do."""
+
+
+def main() -> None:
+    """Runs the command line; bad input ends with one line on standard error and exit code 2."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        message = error.format_message()
+    except (InputError, mz.WeightsError) as error:
+        message = str(error)
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@click.group(no_args_is_help=False, context_settings=dict(help_option_names=["-h", "--help"]))
+@click.version_option(mz.__version__, package_name="mobilenets-zoo", prog_name="mobilenets-zoo")
+def cli() -> None:
+    """Small, fast CIFAR-100 networks: list them, classify images, measure them."""
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+
+
+@cli.command("list")
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the models with their size, cost and accuracy."""
+    rows = [_summary(name) for name in timm.list_models(MODEL_PATTERN)]
+    rows.sort(key=lambda row: (row["name"].split("_")[0], -row["macs"]))
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("model", "params (M)", "MACs (M)", "top-1 (%)", "weights")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for row in rows:
+        weights = row["weights"]
+        top1 = f"{weights['top1']:.2f}" if weights else "-"
+        tag = weights["tag"] if weights else "not trained yet"
+        table.add_row(row["name"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}", top1, tag)
+    _console().print(table)
+
+
+@cli.command()
+@click.argument("name")
+@json_option
+def info(name: str, as_json: bool) -> None:
+    """Show what a model is, what it costs and which weights it has."""
+    _check_name(name)
+    summary = _summary(name)
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None  # every registered model has one
+    summary["input_size"] = list(cfg.input_size)
+    summary["mean"], summary["std"] = list(cfg.mean), list(cfg.std)
+    summary["description"] = (timm.model_entrypoint(name).__doc__ or "").strip()
+    if as_json:
+        _print_json(summary)
+        return
+    table = Table(show_header=False)
+    table.add_row("model", name)
+    table.add_row("description", summary["description"])
+    table.add_row("parameters", f"{summary['params']:,}")
+    table.add_row("MACs", f"{summary['macs']:,}")
+    table.add_row("input", " x ".join(map(str, cfg.input_size)))
+    table.add_row("mean, std", f"{cfg.mean}, {cfg.std}")
+    weights = summary["weights"]
+    if weights:
+        table.add_row("weights", f"{weights['tag']}: top-1 {weights['top1']:.2f} %, top-5 {weights['top5']:.2f} %")
+        table.add_row("recipe", weights["recipe"])
+        table.add_row("file", f"{weights['file']}, {weights['bytes']:,} bytes, sha256 {weights['sha256']}")
+        hub = f"{weights['hub_id']} at {weights['revision']}" if weights["revision"] else "not published yet"
+        table.add_row("Hub", hub)
+    else:
+        table.add_row("weights", "not trained yet")
+    _console().print(table)
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--model", "name", help="Model to use; by default the most accurate one.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 100), help="Classes to show.")
+@json_option
+def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: bool) -> None:
+    """Classify image files (PNG, JPEG, WebP, ...); "-" reads one from standard input."""
+    model = _pretrained(name or _best_model())
+    transform = _transform(model)
+    results: list[dict[str, Any]] = []
+    for image in images:
+        try:
+            pixels = transform(read_image(image))
+        except InputError as error:
+            results.append({"image": image, "error": str(error)})
+            continue
+        with torch.inference_mode():
+            probabilities = model(pixels.unsqueeze(0)).softmax(1)[0]
+        best = probabilities.topk(top)
+        predictions = [
+            {"class": mz.CIFAR100_CLASSES[label], "label": label, "probability": probability}
+            for probability, label in zip(best.values.tolist(), best.indices.tolist())
+        ]
+        results.append({"image": image, "predictions": predictions})
+
+    if as_json:
+        _print_json({"model": _full_name(model), "images": results})
+    console = _console()
+    for result in results:
+        if "error" in result:
+            console.file.flush()
+            print("error: " + " ".join(result["error"].split()), file=sys.stderr, flush=True)
+        elif not as_json:
+            table = Table("class", "probability", title=result["image"], title_justify="left")
+            table.columns[1].justify = "right"
+            for row in result["predictions"]:
+                table.add_row(row["class"], f"{100 * row['probability']:.1f} %")
+            console.print(table)
+    if any("error" in result for result in results):
+        sys.exit(2)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--data", required=True, help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
+@click.option("--condensed", is_flag=True, help="Measure the deployed form of the learned group convolutions.")
+@click.option("--batch-size", default=250, show_default=True, type=click.IntRange(1))
+@click.option("--device", default="cpu", show_default=True)
+@json_option
+def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str, as_json: bool) -> None:
+    """Measure a model's pretrained weights on the test images."""
+    from mobilenets_zoo.evaluation import evaluate as measure
+
+    model = _pretrained(name, **({"condensed": True} if condensed else {}))
+    try:
+        model = model.to(torch.device(device), memory_format=torch.channels_last)
+        images = mz.data.load_images(data, "test")
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(str(error)) from error
+    with progress_bar() as progress:
+        task = progress.add_task(name, total=len(images))
+        done: Callable[[int], None] = lambda n: progress.update(task, completed=n)  # noqa: E731
+        try:
+            result = measure(model, images, batch_size, done)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    if as_json:
+        _print_json({"model": _full_name(model), "condensed": condensed, **result.to_dict()})
+        return
+    table = Table("images", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", title=_full_name(model))
+    table.add_row(
+        f"{result.images:,}", f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", f"{result.ece:.2f}"
+    )
+    _console().print(table)
+
+
+def read_image(source: str) -> Any:
+    """Reads any image that Pillow knows as RGB: turned upright, transparency on white, 16 bits scaled to 8.
+
+    Args:
+        source: a path, or "-" for standard input.
+
+    Raises:
+        InputError: no such file, or not a readable image.
+    """
+    from PIL import Image, ImageOps
+
+    label = "standard input" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except FileNotFoundError:
+        raise InputError(f"{label}: no such file; check the path") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{label}: {error}; make the image smaller first") from None
+    # Pillow's decoders raise what they like on broken data, SyntaxError and struct.error among it.
+    except Exception as error:  # noqa: BLE001
+        if isinstance(error, IsADirectoryError | PermissionError):
+            raise InputError(f"{label}: {error.strerror}; give an image file that can be read") from None
+        raise InputError(f"{label}: not a readable image; give a PNG, JPEG or WebP file") from None
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        import numpy as np
+
+        # 16-bit greys; anything wider is clipped.
+        values = np.asarray(image).astype(np.float64)
+        scale = 1.0 if values.max() <= 1.0 and image.mode == "F" else 65535.0
+        image = Image.fromarray((255.0 * (values / scale).clip(0.0, 1.0)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def progress_bar() -> Progress:
+    """Returns a progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _console() -> Console:
+    console = Console()
+    # Where nobody sees the terminal's width (a pipe), lines must not be cut at 80 characters.
+    return console if console.is_terminal else Console(width=200)
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+def _check_name(name: str) -> None:
+    if name not in timm.list_models(MODEL_PATTERN):
+        names = ", ".join(timm.list_models(MODEL_PATTERN))
+        raise InputError(f"there is no model {name!r}; choose one of {names}")
+
+
+def _summary(name: str) -> dict[str, Any]:
+    """Returns size, cost and weights of a model, deployed, without building it."""
+    try:
+        weights: Optional[mz.pretrained.WeightEntry] = mz.pretrained.default_entry(name)
+    except mz.WeightsError:
+        weights = None
+    cost = mz.profiling.deployed_profiles()[name]
+    row = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
+    if weights:
+        fields = ("tag", "top1", "top5", "file", "bytes", "sha256", "recipe", "hub_id", "revision")
+        row["weights"] = {field: getattr(weights, field) for field in fields}
+    return row
+
+
+def _best_model() -> str:
+    names = [name for name in timm.list_models(MODEL_PATTERN) if _summary(name)["weights"]]
+    if not names:
+        raise InputError("no model has pretrained weights yet; train one with benchmarks/train.py")
+    return max(names, key=lambda name: _summary(name)["weights"]["top1"])
+
+
+def _pretrained(name: str, **kwargs: Any) -> Any:
+    _check_name(name.partition(".")[0])
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs).eval()
+    except TypeError as error:
+        if "condensed" in kwargs:
+            raise InputError(f"{name} has no learned group convolution; leave --condensed out") from error
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
+
+
+def _transform(model: Any) -> Callable[[Any], torch.Tensor]:
+    from timm.data import create_transform, resolve_model_data_config
+
+    return create_transform(**resolve_model_data_config(model))  # type: ignore[return-value]
+
+
+def _full_name(model: Any) -> str:
+    cfg = model.pretrained_cfg
+    return f"{cfg['architecture']}.{cfg['tag']}"

@@ -1,0 +1,334 @@
+"""Learned group convolution (LGC): the masked layer that trains and the condensed layer that is deployed.
+
+Paper: CondenseNet: An Efficient DenseNet using Learned Group Convolutions (https://arxiv.org/abs/1711.09224), section 3.
+Output groups are contiguous blocks of channels here, so the condensed layer needs no channel shuffle behind it.
+
+Notation: G groups, C condense factor, K = in_channels / C inputs that a finished group reads, O = out_channels / G
+output channels in a group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["CondensedConv2d", "LearnedGroupConv2d", "condense_weight", "expand_weight"]
+
+
+class LearnedGroupConv2d(nn.Module):
+    """A 1x1 convolution without bias in which each group of outputs learns which inputs it reads.
+
+    The weight stays dense and is multiplied by the mask in `forward`; the mask changes in `prune_` alone.
+
+    Args:
+        in_channels: input channels, a multiple of `condense_factor`.
+        out_channels: output channels, a multiple of `groups`.
+        groups: number of output groups (G), contiguous blocks of output channels.
+        condense_factor: a finished group reads in_channels / condense_factor inputs (C).
+
+    Attributes:
+        weight: (out_channels, in_channels, 1, 1).
+        mask: bool buffer (groups, in_channels), True where the group reads the input.
+
+    Raises:
+        ValueError: channels that don't divide, or a count below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int = 4,
+        condense_factor: int = 4,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check_channels(in_channels, out_channels, groups, condense_factor)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.groups = groups
+        self.condense_factor = condense_factor
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
+        self.register_buffer("mask", torch.ones(groups, in_channels, device=device, dtype=torch.bool))
+        self.mask: torch.Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He initialisation by fan-out. Leaves the mask alone."""
+        nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 / self.out_channels))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        )
+
+    def masked_weight(self) -> torch.Tensor:
+        """Returns the weight, (out_channels, in_channels, 1, 1), with zeros where a group reads no input."""
+        mask = self.mask.to(self.weight.dtype).unsqueeze(1)
+        grouped = self.weight.reshape(self.groups, self.out_channels // self.groups, self.in_channels)
+        return (grouped * mask).reshape(self.out_channels, self.in_channels, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H, W)."""
+        return F.conv2d(x, self.masked_weight())
+
+    @torch.no_grad()
+    def input_importance(self) -> torch.Tensor:
+        """Returns the importance of each input for each group: the sum of |w| over the group's rows.
+
+        Shape (groups, in_channels), zero at dropped inputs (CondenseNet, section 3.1).
+        """
+        return self.masked_weight().abs().reshape(self.groups, -1, self.in_channels).sum(1)
+
+    @torch.no_grad()
+    def prune_(self, inputs_per_group: int) -> LearnedGroupConv2d:
+        """Drops each group's least important inputs, in place, until it holds `inputs_per_group`.
+
+        A dropped input never returns: a group that holds fewer already stays as it is. Of inputs with equal
+        importance the one with the lower index is kept, so equal weights give equal masks.
+
+        Raises:
+            ValueError: `inputs_per_group` outside 1...in_channels, or a weight that isn't finite.
+        """
+        if not 1 <= inputs_per_group <= self.in_channels:
+            raise ValueError(f"inputs_per_group must be in 1...{self.in_channels}, not {inputs_per_group}")
+        importance = self.input_importance()
+        if not torch.isfinite(importance).all():
+            raise ValueError("can't prune by importance: the weight holds values that are not finite")
+        # The mask itself decides what is dropped: a kept input may well have an importance of zero.
+        importance = importance.masked_fill(~self.mask, -1.0)
+        order = importance.argsort(dim=1, descending=True, stable=True)
+        chosen = torch.zeros_like(self.mask).scatter_(1, order[:, :inputs_per_group], True)
+        self.mask &= chosen
+        return self
+
+    def group_lasso(self) -> torch.Tensor:
+        """Returns the group lasso: the sum over (group, input) of the L2 norm of the masked block's weights.
+
+        A scalar with gradient (CondenseNet, section 3.2).
+        """
+        blocks = self.masked_weight().reshape(self.groups, -1, self.in_channels)
+        return torch.linalg.vector_norm(blocks, dim=1).sum()
+
+    def hoyer_index(self) -> torch.Tensor:
+        """Returns the Hoyer index of each group's input importances, shape (groups,).
+
+        (sqrt(N) - L1 / L2) / (sqrt(N) - 1) over all N = in_channels inputs, dropped ones counting as zero: 1 where
+        one input carries everything, 0 where all are equal (Hoyer, JMLR 5, 2004, equation for sparseness).
+        """
+        importance = self.input_importance()
+        root = math.sqrt(self.in_channels)
+        if root == 1.0:
+            return torch.zeros_like(importance[:, 0])
+        l1 = importance.sum(1)
+        l2 = torch.linalg.vector_norm(importance, dim=1)
+        ratio = torch.where(l2 > 0, l1 / l2, torch.full_like(l2, root))
+        return ((root - ratio) / (root - 1.0)).clamp(0.0, 1.0)
+
+    def condense(self) -> CondensedConv2d:
+        """Returns a new layer with equal outputs that stores and computes the kept weights alone.
+
+        Device, dtype, training flag and requires_grad carry over.
+
+        Raises:
+            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs.
+        """
+        weight, index = condense_weight(self.weight.detach(), self.mask, self.condense_factor)
+        layer = CondensedConv2d(
+            self.in_channels,
+            self.out_channels,
+            self.groups,
+            self.condense_factor,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        layer.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        layer.index = index
+        return layer.train(self.training)
+
+    fuse = condense  # the name that timm.utils.reparameterize_model looks for
+
+
+class CondensedConv2d(nn.Module):
+    """The deployed form of `LearnedGroupConv2d`: a channel gather and a standard grouped 1x1 convolution.
+
+    Args: as for `LearnedGroupConv2d`.
+
+    Attributes:
+        weight: (out_channels, in_channels / condense_factor, 1, 1), as in a grouped `nn.Conv2d`.
+        index: int64 buffer (groups * in_channels / condense_factor,), the inputs that each group reads.
+
+    Raises:
+        ValueError: channels that don't divide, or a count below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int = 4,
+        condense_factor: int = 4,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check_channels(in_channels, out_channels, groups, condense_factor)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.groups = groups
+        self.condense_factor = condense_factor
+        inputs_per_group = in_channels // condense_factor
+        self.weight = nn.Parameter(torch.empty(out_channels, inputs_per_group, 1, 1, device=device, dtype=dtype))
+        # Until a checkpoint says otherwise, the groups take turns at consecutive inputs.
+        self.register_buffer("index", torch.arange(groups * inputs_per_group, device=device) % in_channels)
+        self.index: torch.Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He initialisation by fan-out within a group. Leaves the index alone."""
+        nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 * self.groups / self.out_channels))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H, W)."""
+        return condensed_conv2d(x, self.weight, self.index, self.groups)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        index = state_dict.get(prefix + "index")
+        if index is not None and index.shape == self.index.shape:
+            try:
+                _check_index(index, self.groups, self.in_channels)
+            except ValueError as error:
+                errors.append(f"{prefix}index: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+# Where the channels_last form gathers instead of spreading the weight over all inputs.
+GATHER_MIN_OUTPUTS = 128
+GATHER_MIN_INPUTS = 16
+
+
+def condensed_conv2d(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, groups: int) -> torch.Tensor:
+    """Gathers channels and applies a grouped 1x1 convolution, in the form that is fastest for x's memory layout.
+
+    Args:
+        x: (N, in_channels, H, W) or (in_channels, H, W).
+        weight: (out_channels, K, 1, 1).
+        index: (groups * K,), int64.
+        groups: G.
+
+    Compilers and exporters see the textbook form, a gather and a grouped convolution, and optimise that themselves.
+    Eager forms were chosen with benchmarks/condensed_layer.py.
+    """
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            return F.conv2d(x.index_select(-3, index), weight, groups=groups)
+    inputs_per_group, height, width = weight.shape[1], x.shape[-2], x.shape[-1]
+
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        gathered = x.index_select(-3, index).reshape(-1, groups, inputs_per_group, height * width)
+        out = torch.matmul(weight.reshape(groups, -1, inputs_per_group), gathered)
+        return out.reshape(x.shape[:-3] + (weight.shape[0], height, width))
+
+    # A gather across the innermost axis moves single values: it pays where enough outputs share each of them.
+    if x.is_cpu and weight.shape[0] >= GATHER_MIN_OUTPUTS and inputs_per_group >= GATHER_MIN_INPUTS:
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+        # torch.gather uses all threads here, index_select only one.
+        gathered = pixels.gather(1, index.expand(pixels.shape[0], -1))
+        gathered = gathered.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+        return F.conv2d(gathered, weight, groups=groups)
+    columns = index.reshape(groups, 1, inputs_per_group).expand(-1, weight.shape[0] // groups, -1)
+    grouped = weight.reshape(groups, -1, inputs_per_group)
+    dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter(2, columns, grouped)
+    return F.conv2d(x, dense.reshape(-1, x.shape[1], 1, 1))
+
+
+# The layout decides which form runs, and a traced tensor has none: keep the function whole in torch.fx graphs.
+torch.fx.wrap("condensed_conv2d")
+
+
+def condense_weight(
+    weight: torch.Tensor, mask: torch.Tensor, condense_factor: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the condensed layer's weight and index.
+
+    Args:
+        weight: (out_channels, in_channels, 1, 1).
+        mask: (groups, in_channels), bool.
+        condense_factor: C.
+
+    Returns:
+        Weight (out_channels, K, 1, 1) and int64 index (groups * K,), ascending within each group.
+
+    Raises:
+        ValueError: a group doesn't hold exactly in_channels / C inputs; the message lists the counts.
+    """
+    groups, in_channels = mask.shape
+    expected = in_channels // condense_factor
+    counts = mask.sum(1).tolist()
+    if in_channels % condense_factor or any(count != expected for count in counts):
+        raise ValueError(
+            f"can't condense: the {groups} groups hold {counts} of {in_channels} inputs and each must hold exactly "
+            f"{in_channels}/{condense_factor}; finish the CondenseSchedule or call prune_({expected})"
+        )
+    index = mask.nonzero()[:, 1]
+    columns = index.reshape(groups, 1, expected).expand(-1, weight.shape[0] // groups, -1)
+    grouped = weight.reshape(groups, -1, in_channels)
+    return grouped.gather(2, columns).reshape(-1, expected, 1, 1), index
+
+
+def expand_weight(
+    weight: torch.Tensor, index: torch.Tensor, groups: int, in_channels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the masked layer's weight and mask, the inverse of `condense_weight`.
+
+    Args:
+        weight: (out_channels, K, 1, 1).
+        index: (groups * K,), int64.
+        groups: G.
+        in_channels: channels of the masked layer's input.
+
+    Returns:
+        Weight (out_channels, in_channels, 1, 1), zero where the mask is False, and bool mask (groups, in_channels).
+
+    Raises:
+        ValueError: the index doesn't fit.
+    """
+    _check_index(index, groups, in_channels)
+    inputs = index.reshape(groups, -1)
+    mask = torch.zeros(groups, in_channels, dtype=torch.bool, device=weight.device).scatter_(1, inputs, True)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, -1)
+    columns = inputs.unsqueeze(1).expand_as(grouped)
+    dense = grouped.new_zeros(groups, grouped.shape[1], in_channels).scatter_(2, columns, grouped)
+    return dense.reshape(-1, in_channels, 1, 1), mask
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int, condense_factor: int) -> None:
+    if min(in_channels, out_channels, groups, condense_factor) < 1:
+        raise ValueError("in_channels, out_channels, groups and condense_factor must be at least 1")
+    if in_channels % condense_factor:
+        raise ValueError(f"in_channels {in_channels} isn't a multiple of condense_factor {condense_factor}")
+    if out_channels % groups:
+        raise ValueError(f"out_channels {out_channels} isn't a multiple of groups {groups}")
+
+
+def _check_index(index: torch.Tensor, groups: int, in_channels: int) -> None:
+    """Raises ValueError unless every group names distinct channels in range."""
+    if index.is_meta:
+        return
+    if index.is_floating_point() or index.numel() % groups:
+        raise ValueError(f"expected {groups} equally long rows of integers, got {index.dtype} {tuple(index.shape)}")
+    if index.numel() and (index.min() < 0 or index.max() >= in_channels):
+        raise ValueError(f"names channels outside 0...{in_channels - 1}")
+    rows = index.reshape(groups, -1).sort(1).values
+    if (rows[:, 1:] == rows[:, :-1]).any():
+        raise ValueError("a group names a channel twice")

@@ -1,0 +1,277 @@
+"""Pretrained weights: which exist, where they come from, and the check before any byte of them is parsed.
+
+`build_model` is what the model files call. It finds a verified local file and hands it to timm as
+`pretrained_cfg_overlay["file"]`, timm's own hook; sources that the user names stay untouched.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional, TypeVar, Union
+
+import safetensors.torch
+import torch
+from timm.models import PretrainedCfg, build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
+from torch import nn
+
+from mobilenets_zoo.condensing import condense, learned_layers
+from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.learned_group_conv import CondensedConv2d, condense_weight, expand_weight
+
+__all__ = [
+    "SOURCE_VARIABLE",
+    "WeightEntry",
+    "WeightsError",
+    "checkpoint_filter_fn",
+    "default_entry",
+    "manifest",
+    "save_weights",
+    "verified_file",
+]
+
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+SOURCE_VARIABLE = "MOBILENETS_ZOO_SOURCE"
+SOURCES = ("bundled", "hub", "auto")
+HUB_FILENAME = "model.safetensors"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights are missing, altered or out of reach; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One row of the manifest, `mobilenets_zoo/weights/manifest.json`.
+
+    Attributes:
+        name: "model.tag"; the tag names the recipe and never changes its meaning.
+        file: file name in the package's weights folder.
+        sha256: digest of the file.
+        bytes: size of the file.
+        params: trainable parameters of the deployed model.
+        macs: multiply-adds of the deployed model at 32x32.
+        top1: accuracy on the 10,000 test images, in percent.
+        top5: likewise, the class among the five most likely.
+        recipe: the recipe's file, from the project's root.
+        result: the result's file, from the project's root.
+        hub_id: repository on the Hugging Face Hub.
+        revision: commit there, None while the weight isn't published.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    bytes: int
+    params: int
+    macs: int
+    top1: float
+    top5: float
+    recipe: str
+    result: str
+    hub_id: str
+    revision: Optional[str]
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition(".")[2]
+
+
+@lru_cache(maxsize=1)
+def manifest() -> dict[str, WeightEntry]:
+    """Returns the bundled weights by "model.tag".
+
+    Raises:
+        WeightsError: the manifest is missing or can't be read.
+    """
+    path = WEIGHTS_DIR / "manifest.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {name: WeightEntry(name=name, **row) for name, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} can't be read ({error}); reinstall mobilenets-zoo") from error
+
+
+def default_entry(variant: str) -> WeightEntry:
+    """Returns the weight that `timm.create_model(variant, pretrained=True)` loads.
+
+    Raises:
+        WeightsError: the model has none yet; the message names the models that do.
+    """
+    return _entry(resolve_pretrained_cfg(variant))
+
+
+def _entry(cfg: PretrainedCfg) -> WeightEntry:
+    name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture or ""
+    if name in manifest():
+        return manifest()[name]
+    available = ", ".join(manifest()) or "none"
+    raise WeightsError(
+        f"there are no pretrained weights for {name} yet; use pretrained=False or one of these: {available}"
+    )
+
+
+def verified_file(entry: WeightEntry, cache_dir: Optional[str] = None) -> Path:
+    """Returns a local file with the entry's weights whose sha256 has been checked.
+
+    The environment variable MOBILENETS_ZOO_SOURCE chooses: `bundled` (default), `hub`, or `auto`, the Hub and,
+    where it can't be reached, the bundled file.
+
+    Args:
+        entry: the weight.
+        cache_dir: download folder, huggingface_hub's own by default.
+
+    Raises:
+        WeightsError: file missing, truncated or altered, Hub out of reach, or an unknown source.
+    """
+    source = os.environ.get(SOURCE_VARIABLE) or "bundled"
+    if source not in SOURCES:
+        raise WeightsError(f"{SOURCE_VARIABLE} is {source!r}; set it to one of {', '.join(SOURCES)}")
+    if source != "bundled":
+        try:
+            path = _download(entry, cache_dir)
+        except WeightsError:
+            if source == "hub":
+                raise
+        else:
+            remedy = f"delete it, so that it is downloaded again, or set {SOURCE_VARIABLE}=bundled"
+            return _verify(path, entry, remedy)
+    path = WEIGHTS_DIR / entry.file
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing; reinstall mobilenets-zoo")
+    return _verify(path, entry, "reinstall mobilenets-zoo")
+
+
+def _download(entry: WeightEntry, cache_dir: Optional[str]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    remedy = f"set {SOURCE_VARIABLE}=bundled to use the copy in the package"
+    if entry.revision is None:
+        raise WeightsError(f"{entry.name} isn't published as {entry.hub_id} on the Hub yet; {remedy}")
+    try:
+        return Path(hf_hub_download(entry.hub_id, HUB_FILENAME, revision=entry.revision, cache_dir=cache_dir))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{entry.hub_id}/{HUB_FILENAME} at {entry.revision} can't be downloaded: {reason}; {remedy}"
+        ) from error
+
+
+def _verify(path: Path, entry: WeightEntry, remedy: str) -> Path:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path} can't be read: {error}; {remedy}") from error
+    if len(data) != entry.bytes:
+        raise WeightsError(f"{path} has {len(data)} bytes where {entry.name} has {entry.bytes}; {remedy}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry.sha256:
+        raise WeightsError(f"{path} has sha256 {digest} where {entry.name} has {entry.sha256}; {remedy}")
+    return path
+
+
+def build_model(
+    model_cls: type[ModelT],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
+    cache_dir: Optional[str] = None,
+    **kwargs: Any,
+) -> ModelT:
+    """Builds a registered model through timm's `build_model_with_cfg`, with verified weights if `pretrained`.
+
+    Arguments are timm's.
+
+    Raises:
+        WeightsError: `pretrained` and the weights don't exist, are altered or can't be reached.
+    """
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        if not _names_own_source(variant, cfg, pretrained_cfg_overlay):
+            file = verified_file(_entry(cfg), cache_dir)
+            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=str(file))
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _names_own_source(variant: str, cfg: PretrainedCfg, overlay: Optional[dict[str, Any]]) -> bool:
+    """Whether the user says where the weights come from: an overlay, a configuration of their own, `hf-hub:`."""
+    sources = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
+    if any(key in (overlay or {}) for key in sources):
+        return True
+    if cfg.source or cfg.url or cfg.file or cfg.state_dict:
+        return True
+    return cfg.hf_hub_id is not None and cfg.hf_hub_id != f"mobilenets-zoo/{variant}"
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Converts learned group convolutions in a state dict to the form, masked or condensed, that `model` has.
+
+    A dense weight for a masked layer gets a mask that keeps everything, so a dense network's checkpoint can start
+    the training of a learned one.
+
+    Raises:
+        ValueError: an unfinished mask for a condensed layer, or an index that doesn't fit.
+    """
+    state_dict = dict(state_dict.get("state_dict", state_dict))
+    for name, layer in learned_layers(model).items():
+        weight, index = state_dict.get(f"{name}.weight"), state_dict.pop(f"{name}.index", None)
+        try:
+            if weight is not None and index is not None:
+                weight, mask = expand_weight(weight, index, layer.groups, layer.in_channels)
+                state_dict[f"{name}.weight"], state_dict[f"{name}.mask"] = weight, mask
+            elif weight is not None and weight.shape == layer.weight.shape:
+                state_dict.setdefault(f"{name}.mask", torch.ones_like(layer.mask, device=weight.device))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: the checkpoint's weight and index don't fit: {error}") from error
+    for name, module in model.named_modules():
+        if isinstance(module, CondensedConv2d) and f"{name}.mask" in state_dict:
+            mask = state_dict.pop(f"{name}.mask")
+            try:
+                weight, index = condense_weight(state_dict[f"{name}.weight"], mask, module.condense_factor)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise ValueError(f"{name}: {error}") from error
+            state_dict[f"{name}.weight"], state_dict[f"{name}.index"] = weight, index
+    return state_dict
+
+
+def save_weights(model: nn.Module, path: Union[str, Path]) -> None:
+    """Writes a model as it is published: condensed, with convolutions and classifier in half precision.
+
+    BatchNorm stays in single precision. The file appears whole or not at all.
+
+    Raises:
+        ValueError: a mask isn't finished, or a weight doesn't fit half precision.
+        OSError: the file can't be written.
+    """
+    if learned_layers(model):
+        model = condense(model)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, CondensedConv2d)):
+            for key in (f"{name}.weight", f"{name}.bias"):
+                if key in state:
+                    state[key] = state[key].half()
+                    if not torch.isfinite(state[key]).all():
+                        raise ValueError(f"{key} holds values that half precision can't represent")
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(state, metadata={"format": "pt"}))

@@ -1,0 +1,60 @@
+"""Fixtures and helpers that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mobilenets_zoo as mz
+
+ALL_MODELS = timm.list_models("*_cifar100")
+LGC_MODELS = [name for name in ALL_MODELS if "lgc" in name]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def cifar100() -> Path:
+    """The data set's folder; a test that needs it fails, not skips, where the variable is set wrongly."""
+    folder = os.environ.get("MOBILENETS_ZOO_CIFAR100")
+    if not folder:
+        pytest.skip("set MOBILENETS_ZOO_CIFAR100 to the data set's folder")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def bundled_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests start from the default source, whatever the caller's environment says."""
+    monkeypatch.delenv(mz.pretrained.SOURCE_VARIABLE, raising=False)
+
+
+def with_lively_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draws BatchNorm's parameters and statistics from a narrow range, so that every layer matters to the output.
+
+    At initialisation activations die or saturate over dozens of layers, and errors with them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the running statistics become those of the batches below
+        for _ in range(2):
+            model(torch.randn(16, 3, 32, 32, generator=generator))
+    return model.eval()
+
+
+def with_random_masks(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives each learned group convolution a random finished mask."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, mz.LearnedGroupConv2d):
+            keep = module.in_channels // module.condense_factor
+            order = torch.rand(module.mask.shape, generator=generator).argsort(1)
+            module.mask.zero_().scatter_(1, order[:, :keep], True)
+    return model

@@ -1,0 +1,288 @@
+"""The learned layer and its condensed form, on weights and masks that hypothesis draws."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import with_random_masks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn import functional as F
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.learned_group_conv import condense_weight, expand_weight
+
+settings.register_profile("zoo", deadline=None, max_examples=40)
+settings.load_profile("zoo")
+
+
+@st.composite
+def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> mz.LearnedGroupConv2d:
+    """Layers of any shape with random weights and a random finished mask."""
+    groups = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    condense_factor = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    in_channels = condense_factor * draw(st.integers(1, 24))
+    out_channels = groups * draw(st.integers(1, 40))
+    seed = draw(st.integers(0, 2**31))
+    torch.manual_seed(seed)
+    layer = mz.LearnedGroupConv2d(in_channels, out_channels, groups, condense_factor, dtype=dtype)
+    return with_random_masks(layer, seed)
+
+
+def pruned(in_channels: int = 16, out_channels: int = 8, groups: int = 4, condense_factor: int = 4):
+    torch.manual_seed(0)
+    layer = mz.LearnedGroupConv2d(in_channels, out_channels, groups, condense_factor)
+    return layer.prune_(in_channels // condense_factor)
+
+
+@given(layer=layers(), batch=st.integers(0, 3), size=st.tuples(st.integers(1, 9), st.integers(1, 9)))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_condensed_equals_masked_in_float64(layer, batch, size, memory_format):
+    x = torch.randn(batch, layer.in_channels, *size, dtype=torch.float64).to(memory_format=memory_format)
+    condensed = layer.condense()
+    if batch:
+        assert mz.check_equivalent(layer, condensed, x) <= 1e-12
+    assert condensed(x).shape == layer(x).shape
+
+
+@given(layer=layers(torch.float32))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_condensed_equals_masked_in_float32(layer, memory_format):
+    x = torch.randn(2, layer.in_channels, 8, 8).to(memory_format=memory_format)
+    assert mz.check_equivalent(layer, layer.condense(), x) <= 1e-5
+
+
+@given(layer=layers())
+def test_condensed_layer_is_a_gather_and_a_standard_grouped_convolution(layer):
+    condensed = layer.condense()
+    x = torch.randn(2, layer.in_channels, 4, 4, dtype=torch.float64)
+    reference = F.conv2d(x[:, condensed.index], condensed.weight, groups=layer.groups)
+    torch.testing.assert_close(condensed(x), reference, rtol=1e-12, atol=1e-12)
+
+
+@given(layer=layers())
+def test_condense_and_expand_are_inverse(layer):
+    weight, index = condense_weight(layer.weight.detach(), layer.mask, layer.condense_factor)
+    dense, mask = expand_weight(weight, index, layer.groups, layer.in_channels)
+    assert torch.equal(mask, layer.mask)
+    assert torch.equal(dense, layer.masked_weight())
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [((64, 64), 384), ((576, 160), 160), ((192, 32), 32)])
+def test_channels_last_output_keeps_its_layout_and_gradients(channels, outputs):
+    """Covers the wide form that gathers and the narrow one that spreads the weight."""
+    layer = with_random_masks(mz.LearnedGroupConv2d(channels[0], outputs, dtype=torch.float64))
+    condensed = layer.condense()
+    x = torch.randn(2, channels[0], 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x_condensed = x.clone().requires_grad_()
+    x_masked = x.clone().requires_grad_()
+    out = condensed(x_condensed)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out.square().sum().backward()
+    layer(x_masked).square().sum().backward()
+    torch.testing.assert_close(x_condensed.grad, x_masked.grad)
+    kept, _ = condense_weight(layer.weight.grad, layer.mask, 4)
+    torch.testing.assert_close(condensed.weight.grad, kept)
+
+
+def test_condensed_gradients_in_contiguous_format():
+    layer = with_random_masks(mz.LearnedGroupConv2d(64, 32, dtype=torch.float64))
+    condensed = layer.condense()
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
+    condensed(x).square().sum().backward()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(condensed.weight.grad, condense_weight(layer.weight.grad, layer.mask, 4)[0])
+
+
+def test_forward_leaves_all_state_alone():
+    layer = pruned().train()
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(2, 16, 4, 4)).sum().backward()
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_dropped_weights_get_no_gradient():
+    layer = pruned()
+    layer(torch.randn(2, 16, 4, 4)).square().sum().backward()
+    gradient = layer.weight.grad.reshape(4, 2, 16)
+    assert (gradient[~layer.mask[:, None].expand_as(gradient)] == 0).all()
+    assert (gradient[layer.mask[:, None].expand_as(gradient)] != 0).all()
+
+
+def test_prune_drops_the_least_important_inputs_of_each_group():
+    layer = mz.LearnedGroupConv2d(4, 2, groups=2, condense_factor=4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0], [1.0, 2.0, -3.0, 4.0]]).reshape(2, 4, 1, 1))
+    layer.prune_(2)
+    assert layer.mask.tolist() == [[True, True, False, False], [False, False, True, True]]
+
+
+@given(layer=layers(), first=st.integers(1, 200), second=st.integers(1, 200))
+def test_prune_keeps_the_count_and_never_revives(layer, first, second):
+    layer.mask.fill_(True)
+    first, second = (1 + count % layer.in_channels for count in (first, second))
+    layer.prune_(first)
+    before = layer.mask.clone()
+    assert (before.sum(1) == first).all()
+    layer.prune_(second)
+    assert (layer.mask.sum(1) == min(first, second)).all()
+    assert (before | ~layer.mask).all()
+
+
+def test_a_dropped_input_with_large_weight_does_not_return_and_a_kept_zero_stays():
+    layer = mz.LearnedGroupConv2d(4, 1, groups=1, condense_factor=4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.0, 9.0, 9.0, 9.0]).reshape(1, 4, 1, 1))
+    layer.mask.copy_(torch.tensor([[True, False, False, True]]))
+    layer.prune_(2)
+    assert layer.mask.tolist() == [[True, False, False, True]]
+
+
+def test_ties_keep_the_lower_index():
+    layer = mz.LearnedGroupConv2d(8, 4, groups=2)
+    nn.init.ones_(layer.weight)
+    layer.prune_(3)
+    assert layer.mask.tolist() == [[True] * 3 + [False] * 5] * 2
+
+
+@pytest.mark.parametrize("count", [0, -1, 17])
+def test_prune_rejects_impossible_counts(count):
+    with pytest.raises(ValueError, match=r"1\.\.\.16"):
+        mz.LearnedGroupConv2d(16, 8).prune_(count)
+
+
+def test_prune_rejects_weights_that_are_not_finite():
+    layer = mz.LearnedGroupConv2d(16, 8)
+    with torch.no_grad():
+        layer.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        layer.prune_(4)
+    assert layer.mask.all()
+
+
+@pytest.mark.parametrize("cls", [mz.LearnedGroupConv2d, mz.CondensedConv2d])
+@pytest.mark.parametrize(("arguments", "message"), [((10, 8, 4, 4), "10.*4"), ((16, 10, 4, 4), "10.*4"), ((0, 8), "1")])
+def test_channels_must_divide(cls, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cls(*arguments)
+
+
+@pytest.mark.parametrize("keep", [16, 8, 3])
+def test_condense_rejects_unfinished_masks_and_names_the_counts(keep):
+    layer = mz.LearnedGroupConv2d(16, 8).prune_(keep)
+    with pytest.raises(ValueError, match=rf"\[{keep}, {keep}, {keep}, {keep}\] of 16.*16/4"):
+        layer.condense()
+
+
+def test_condense_rejects_a_mask_with_one_bad_group():
+    layer = pruned()
+    layer.mask[2, layer.mask[2].nonzero()[0]] = False
+    with pytest.raises(ValueError, match=r"\[4, 4, 3, 4\]"):
+        layer.condense()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_condense_keeps_dtype_training_flag_and_requires_grad(dtype, training):
+    layer = pruned().to(dtype).train(training)
+    layer.weight.requires_grad_(False)
+    condensed = layer.condense()
+    assert condensed.weight.dtype == dtype
+    assert condensed.training is training
+    assert not condensed.weight.requires_grad
+    assert condensed.weight.shape == (8, 4, 1, 1)
+    assert condensed.index.dtype == torch.int64
+    assert condensed.index.shape == (16,)
+
+
+def test_fuse_makes_timm_condense():
+    model = nn.Sequential(pruned(), nn.ReLU()).eval()
+    fused = reparameterize_model(model)
+    assert isinstance(fused[0], mz.CondensedConv2d)
+    assert isinstance(model[0], mz.LearnedGroupConv2d)
+
+
+def test_group_lasso_is_the_sum_of_block_norms():
+    layer = pruned()
+    expected = sum(
+        layer.weight[2 * g : 2 * g + 2, j].norm() for g in range(4) for j in range(16) if layer.mask[g, j]
+    )
+    torch.testing.assert_close(layer.group_lasso(), expected)
+    layer.group_lasso().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+def test_group_lasso_gradient_is_finite_at_zero():
+    layer = mz.LearnedGroupConv2d(16, 8)
+    nn.init.zeros_(layer.weight)
+    layer.group_lasso().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+def test_hoyer_index_at_its_ends_and_between():
+    layer = mz.LearnedGroupConv2d(4, 4, groups=4)
+    with torch.no_grad():
+        layer.weight.copy_(
+            torch.tensor([[5.0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [3, 4, 0, 0]]).reshape(4, 4, 1, 1)
+        )
+    expected = torch.tensor([1.0, 0.0, 0.0, (2 - 7 / 5) / (2 - 1)])
+    torch.testing.assert_close(layer.hoyer_index(), expected)
+
+
+@given(layer=layers())
+def test_hoyer_index_ignores_scale_and_stays_in_range(layer):
+    index = layer.hoyer_index()
+    assert index.shape == (layer.groups,)
+    assert ((index >= 0) & (index <= 1)).all()
+    with torch.no_grad():
+        layer.weight.mul_(7.0)
+    torch.testing.assert_close(layer.hoyer_index(), index)
+
+
+def test_state_dict_round_trip_is_strict():
+    layer, condensed = pruned(), pruned().condense()
+    masked = mz.LearnedGroupConv2d(16, 8)
+    masked.load_state_dict(layer.state_dict())
+    assert torch.equal(masked.mask, layer.mask)
+    fresh = mz.CondensedConv2d(16, 8)
+    fresh.load_state_dict(condensed.state_dict())
+    x = torch.randn(1, 16, 3, 3)
+    assert torch.equal(fresh(x), condensed(x))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.full((16,), 16), r"outside 0\.\.\.15"),
+        (torch.full((16,), -1), r"outside 0\.\.\.15"),
+        (torch.zeros(16, dtype=torch.int64), "twice"),
+        (torch.zeros(16), "integers"),
+        (torch.arange(8), "shape|size"),
+    ],
+)
+def test_a_bad_index_is_refused_on_loading(index, message):
+    layer = mz.CondensedConv2d(16, 8)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({**layer.state_dict(), "index": index})
+    assert torch.equal(layer.index, before["index"])
+
+
+def test_unbatched_and_strided_inputs_work():
+    layer = pruned()
+    condensed = layer.condense()
+    unbatched = torch.randn(16, 5, 7)
+    torch.testing.assert_close(condensed(unbatched), layer(unbatched))
+    strided = torch.randn(2, 16, 10, 14)[:, :, ::2, ::2]
+    torch.testing.assert_close(condensed(strided), layer(strided))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_condensed_layer_under_autocast(memory_format):
+    layer = pruned(64, 256)
+    x = torch.randn(2, 64, 8, 8).to(memory_format=memory_format)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mz.check_equivalent(layer, layer.condense(), x) <= 5e-2
