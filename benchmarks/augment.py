@@ -1,11 +1,9 @@
 """Augmentation of whole uint8 batches on the device that trains."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 
-__all__ = ["crop_and_flip", "normalize", "resize"]
+__all__ = ["crop_and_flip", "resize"]
 
 
 def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
@@ -29,13 +27,6 @@ def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator
     columns = torch.arange(width, device=device)
     columns = left + torch.where(mirror, width - 1 - columns, columns)
     return padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Maps uint8 (N, H, W, C) to normalised float32 (N, C, H, W) in channels_last memory format."""
-    scale = 255.0 * torch.tensor(std, device=images.device)
-    shift = torch.tensor(mean, device=images.device) / torch.tensor(std, device=images.device)
-    return (images.float() / scale - shift).permute(0, 3, 1, 2)
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """A training recipe: one TOML file per weight. Every key is a field below; unknown keys raise."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -88,9 +86,7 @@ def load_recipe(path: str | Path) -> Recipe:
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"{path}: missing keys {', '.join(missing)}")

@@ -2,22 +2,23 @@
 
     python benchmarks/train.py benchmarks/recipes/NAME.toml --data DIR --out DIR [--resume]
 
-The folder given by --out receives `checkpoint.pt` (everything a resumed run needs), `log.csv` (a row per epoch) and,
-at the end, `model.safetensors` (the weights to measure with benchmarks/evaluate.py). Test images are never read.
+The folder given by --out receives `checkpoint.pt` (everything a resumed run needs), `log.csv` (a row per epoch),
+`run.json` (hardware and versions) and, at the end, `model.safetensors` (the weights to measure with
+benchmarks/evaluate.py). Test images are never read.
 """
-
-from __future__ import annotations
 
 import argparse
 import csv
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
 
 import timm
 import torch
-from augment import crop_and_flip, normalize, resize
+from augment import crop_and_flip, resize
+from environment import environment
 from recipe import Recipe, load_recipe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,6 +28,7 @@ from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.evaluation import preprocess
 
 CHECKPOINT_SECONDS = 180
 LOG_FIELDS = ("epoch", "size", "lr", "train_loss", "train_top1", "images_per_second", "seconds")
@@ -77,7 +79,7 @@ class Trainer:
     def batch(self, indices: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         cfg = self.model.pretrained_cfg
         images = crop_and_flip(self.images[indices], self.recipe.crop_padding, self.generator)
-        return resize(normalize(images, cfg["mean"], cfg["std"]), size), self.labels[indices]
+        return resize(preprocess(images, cfg["mean"], cfg["std"]), size), self.labels[indices]
 
     def train_step(self, indices: torch.Tensor, size: int) -> tuple[float, float]:
         """Takes one optimiser step and returns the batch's mean loss and number of correct predictions."""
@@ -199,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         if checkpoint.exists():
             trainer.load()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with mz.files.atomic_write(args.out / "run.json", "w") as file:
+            file.write(json.dumps(environment(args.device), indent=2) + "\n")
         with Progress(*columns, TextColumn("{task.fields[info]}"), console=console) as progress:
             trainer.run(progress)
         mz.pretrained.save_weights(trainer.final_model(), args.out / "model.safetensors")

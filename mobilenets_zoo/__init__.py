@@ -1,7 +1,7 @@
 """Small, fast CIFAR-100 networks for timm. Importing the package registers the models.
 
-    import timm, mobilenets_zoo
-    model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
+import timm, mobilenets_zoo
+model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
 from mobilenets_zoo import data, files, models, pretrained, profiling

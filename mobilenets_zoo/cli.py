@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,7 +12,7 @@ import click
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import mobilenets_zoo as mz
@@ -123,7 +124,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: boo
         best = probabilities.topk(top)
         predictions = [
             {"class": mz.CIFAR100_CLASSES[label], "label": label, "probability": probability}
-            for probability, label in zip(best.values.tolist(), best.indices.tolist())
+            for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         results.append({"image": image, "predictions": predictions})
 
@@ -163,9 +164,8 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
         raise InputError(str(error)) from error
     with progress_bar() as progress:
         task = progress.add_task(name, total=len(images))
-        done: Callable[[int], None] = lambda n: progress.update(task, completed=n)  # noqa: E731
         try:
-            result = measure(model, images, batch_size, done)
+            result = measure(model, images, batch_size, partial(_advance, progress, task))
         except ValueError as error:
             raise InputError(str(error)) from error
     if as_json:
@@ -200,7 +200,7 @@ def read_image(source: str) -> Any:
     except Image.DecompressionBombError as error:
         raise InputError(f"{label}: {error}; make the image smaller first") from None
     # Pillow's decoders raise what they like on broken data, SyntaxError and struct.error among it.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         if isinstance(error, IsADirectoryError | PermissionError):
             raise InputError(f"{label}: {error.strerror}; give an image file that can be read") from None
         raise InputError(f"{label}: not a readable image; give a PNG, JPEG or WebP file") from None
@@ -222,6 +222,10 @@ def progress_bar() -> Progress:
     """Returns a progress bar on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
+
+
+def _advance(progress: Progress, task: TaskID, completed: int) -> None:
+    progress.update(task, completed=completed)
 
 
 def _console() -> Console:
@@ -276,7 +280,7 @@ def _pretrained(name: str, **kwargs: Any) -> Any:
 def _transform(model: Any) -> Callable[[Any], torch.Tensor]:
     from timm.data import create_transform, resolve_model_data_config
 
-    return create_transform(**resolve_model_data_config(model))  # type: ignore[return-value]
+    return create_transform(**resolve_model_data_config(model))
 
 
 def _full_name(model: Any) -> str:

@@ -1,7 +1,5 @@
 """Whole models: from masked to condensed, the pruning schedule, the group lasso, and the check of equality."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

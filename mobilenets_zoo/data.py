@@ -1,7 +1,5 @@
 """CIFAR-100 and CIFAR-10 as arrays, from Parquet files, a torchvision root or the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

@@ -1,13 +1,12 @@
 """Learned group convolution (LGC): the masked layer that trains and the condensed layer that is deployed.
 
-Paper: CondenseNet: An Efficient DenseNet using Learned Group Convolutions (https://arxiv.org/abs/1711.09224), section 3.
+Paper: CondenseNet: An Efficient DenseNet using Learned Group Convolutions, section 3
+(https://arxiv.org/abs/1711.09224).
 Output groups are contiguous blocks of channels here, so the condensed layer needs no channel shuffle behind it.
 
 Notation: G groups, C condense factor, K = in_channels / C inputs that a finished group reads, O = out_channels / G
 output channels in a group.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -62,9 +61,7 @@ class LearnedGroupConv2d(nn.Module):
         nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 / self.out_channels))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
-        )
+        return f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
 
     def masked_weight(self) -> torch.Tensor:
         """Returns the weight, (out_channels, in_channels, 1, 1), with zeros where a group reads no input."""
@@ -85,7 +82,7 @@ class LearnedGroupConv2d(nn.Module):
         return self.masked_weight().abs().reshape(self.groups, -1, self.in_channels).sum(1)
 
     @torch.no_grad()
-    def prune_(self, inputs_per_group: int) -> LearnedGroupConv2d:
+    def prune_(self, inputs_per_group: int) -> "LearnedGroupConv2d":
         """Drops each group's least important inputs, in place, until it holds `inputs_per_group`.
 
         A dropped input never returns: a group that holds fewer already stays as it is. Of inputs with equal
@@ -129,7 +126,7 @@ class LearnedGroupConv2d(nn.Module):
         ratio = torch.where(l2 > 0, l1 / l2, torch.full_like(l2, root))
         return ((root - ratio) / (root - 1.0)).clamp(0.0, 1.0)
 
-    def condense(self) -> CondensedConv2d:
+    def condense(self) -> "CondensedConv2d":
         """Returns a new layer with equal outputs that stores and computes the kept weights alone.
 
         Device, dtype, training flag and requires_grad carry over.
@@ -193,9 +190,7 @@ class CondensedConv2d(nn.Module):
         nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 * self.groups / self.out_channels))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
-        )
+        return f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H, W)."""
@@ -213,7 +208,7 @@ class CondensedConv2d(nn.Module):
 
 
 # Where the channels_last form gathers instead of spreading the weight over all inputs.
-GATHER_MIN_OUTPUTS = 128
+GATHER_MIN_OUTPUTS = 96
 GATHER_MIN_INPUTS = 16
 
 
@@ -229,7 +224,7 @@ def condensed_conv2d(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor,
     Compilers and exporters see the textbook form, a gather and a grouped convolution, and optimise that themselves.
     Eager forms were chosen with benchmarks/condensed_layer.py.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops a branch only where this stands alone
         if torch.compiler.is_compiling():
             return F.conv2d(x.index_select(-3, index), weight, groups=groups)
     inputs_per_group, height, width = weight.shape[1], x.shape[-2], x.shape[-1]
@@ -237,7 +232,7 @@ def condensed_conv2d(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor,
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         gathered = x.index_select(-3, index).reshape(-1, groups, inputs_per_group, height * width)
         out = torch.matmul(weight.reshape(groups, -1, inputs_per_group), gathered)
-        return out.reshape(x.shape[:-3] + (weight.shape[0], height, width))
+        return out.unflatten(-1, (height, width)).reshape(x.shape[:-3] + weight.shape[:1] + x.shape[-2:])
 
     # A gather across the innermost axis moves single values: it pays where enough outputs share each of them.
     if x.is_cpu and weight.shape[0] >= GATHER_MIN_OUTPUTS and inputs_per_group >= GATHER_MIN_INPUTS:

@@ -42,12 +42,10 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal macs
-        if isinstance(module, nn.Linear):
-            macs += output.numel() * module.in_features
-        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-            macs += inputs[0].numel() * math.prod(module.weight.shape[1:])
-        else:
-            macs += output.numel() * math.prod(module.weight.shape[1:])
+        # A weight's first axis holds the outputs (of a transposed convolution: the inputs); each of their values
+        # costs one multiply-add per weight along the other axes.
+        values = inputs[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
+        macs += values.numel() * math.prod(module.get_parameter("weight").shape[1:])
 
     kinds = (nn.Linear, nn.modules.conv._ConvNd, LearnedGroupConv2d, CondensedConv2d)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]

@@ -207,9 +207,7 @@ def test_fuse_makes_timm_condense():
 
 def test_group_lasso_is_the_sum_of_block_norms():
     layer = pruned()
-    expected = sum(
-        layer.weight[2 * g : 2 * g + 2, j].norm() for g in range(4) for j in range(16) if layer.mask[g, j]
-    )
+    expected = sum(layer.weight[2 * g : 2 * g + 2, j].norm() for g in range(4) for j in range(16) if layer.mask[g, j])
     torch.testing.assert_close(layer.group_lasso(), expected)
     layer.group_lasso().backward()
     assert torch.isfinite(layer.weight.grad).all()
@@ -225,9 +223,7 @@ def test_group_lasso_gradient_is_finite_at_zero():
 def test_hoyer_index_at_its_ends_and_between():
     layer = mz.LearnedGroupConv2d(4, 4, groups=4)
     with torch.no_grad():
-        layer.weight.copy_(
-            torch.tensor([[5.0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [3, 4, 0, 0]]).reshape(4, 4, 1, 1)
-        )
+        layer.weight.copy_(torch.tensor([[5.0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [3, 4, 0, 0]]).reshape(4, 4, 1, 1))
     expected = torch.tensor([1.0, 0.0, 0.0, (2 - 7 / 5) / (2 - 1)])
     torch.testing.assert_close(layer.hoyer_index(), expected)
 

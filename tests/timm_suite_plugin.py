@@ -8,15 +8,13 @@ import functools
 import timm
 import timm.models
 
-import mobilenets_zoo.models
-
 ZOO_MODULES = ["mobilenetv1", "mobilenetv2"]
 
 _list_models = timm.list_models
 
 
 @functools.wraps(_list_models)
-def list_models_with_zoo(filter="", module="", **kwargs):  # noqa: A002 - timm's own parameter name
+def list_models_with_zoo(filter="", module="", **kwargs):
     if isinstance(module, list):
         module = [*module, *ZOO_MODULES]
     return _list_models(filter, module, **kwargs)

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
-from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, create_classifier, get_device_dtype
+from timm.layers import BatchNormAct2d, SelectAdaptivePool2d, create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -89,9 +89,7 @@ class MobileNetBase(nn.Module):
         self.grad_checkpointing = False
         # Index into `blocks` of the last block of each entry of feature_info ("blocks.4" -> 4).
         self._feature_ends = [int(info["module"].split(".")[1]) for info in self.feature_info]
-        self.global_pool, self.classifier = create_classifier(
-            num_features, num_classes, pool_type=global_pool, **dd
-        )
+        self.global_pool, self.classifier = create_classifier(num_features, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
 
     def _init_weights(self) -> None:
@@ -138,8 +136,9 @@ class MobileNetBase(nn.Module):
             assert isinstance(self.global_pool, SelectAdaptivePool2d)
             global_pool = self.global_pool.pool_type
         self.num_classes = num_classes
+        weight = next(self.parameters())
         self.global_pool, self.classifier = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self)
+            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
         )
         self.global_pool.train(self.training)
         self.classifier.train(self.training)

@@ -5,8 +5,6 @@ Paper: MobileNets: Efficient Convolutional Neural Networks for Mobile Vision App
 works at 32, 16 and 8 pixels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from timm.layers import make_divisible
@@ -59,7 +57,7 @@ class MobileNetV1(MobileNetBase):
         dtype=None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         channels = make_divisible(32 * width_mult, 8)
         self.stem = ConvBn.dense(in_chans, channels, 3, **dd)
 
@@ -73,9 +71,7 @@ class MobileNetV1(MobileNetBase):
                 row.append(DepthwiseSeparableBlock(channels, out_channels, stride if i == 0 else 1, **dd))
                 channels = out_channels
             reduction *= stride
-            self.feature_info.append(
-                dict(num_chs=channels, reduction=reduction, module=f"blocks.{len(self.blocks)}")
-            )
+            self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"blocks.{len(self.blocks)}"))
             self.blocks.append(row)
 
         self.head_conv = nn.Identity()
@@ -91,7 +87,9 @@ default_cfgs = generate_default_cfgs(
     {
         "mobilenetv1_cifar100.untrained": _cfg(),
         "mobilenetv1_w050_cifar100.untrained": _cfg(),
-        "mobilenetv1_w025_cifar100.untrained": _cfg(),
+        "mobilenetv1_w025_cifar100.sgd_e36_r32": _cfg(
+            hf_hub_id="mobilenets-zoo/mobilenetv1_w025_cifar100", hf_hub_filename="model.safetensors"
+        ),
     }
 )
 

@@ -6,8 +6,6 @@ network works at 32, 16 and 8 pixels. Unlike the ImageNet network, the first bot
 bottleneck of stride 1 that changes the width has a residual connection through a plain 1x1 convolution.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -76,10 +74,8 @@ class Bottleneck(nn.Module):
         self.shuffle_out = ChannelShuffle(shuffle_groups[1]) if shuffle_groups[1] > 1 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.has_shortcut = shortcut and stride == 1
-        if self.has_shortcut and in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd)
-        else:
-            self.shortcut = nn.Identity()
+        widens = self.has_shortcut and in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd) if widens else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.shuffle_hidden(self.expansion(x))
@@ -129,7 +125,7 @@ class MobileNetV2(MobileNetBase):
         dtype=None,
     ):
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         if unknown := {expansion, projection}.difference(CONV_KINDS):
             raise ValueError(f"expansion and projection must be one of {CONV_KINDS}, not {sorted(unknown)}")
         if condensed and "lgc" not in (expansion, projection):
@@ -148,7 +144,7 @@ class MobileNetV2(MobileNetBase):
 
         # Only a group convolution that feeds a group convolution needs mixing: a learned one reads from everywhere.
         shuffle = groups if expansion == projection == "gc" else 1
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(repeats for _, repeats, _ in BLOCKS)))
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, [repeats for _, repeats, _ in BLOCKS]))
         self.feature_info = []
         self.blocks = nn.Sequential()
         reduction = 1
@@ -176,9 +172,7 @@ class MobileNetV2(MobileNetBase):
             if first_stride > 1:
                 reduction *= first_stride
             if is_last or BLOCKS[row_index + 1][2] > 1:
-                self.feature_info.append(
-                    dict(num_chs=channels, reduction=reduction, module=f"blocks.{row_index}")
-                )
+                self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"blocks.{row_index}"))
             self.blocks.append(row)
 
         num_features = make_divisible(1280 * max(1.0, width_mult), 8)

@@ -1,0 +1,141 @@
+"""Measures a finished weight once on the test images and, with --bundle, makes it the package's weight.
+
+    python benchmarks/evaluate.py benchmarks/recipes/NAME.toml --run DIR --data DIR [--bundle]
+
+DIR under --run is what benchmarks/train.py wrote. The weight is loaded as users load it, masked and condensed; both
+forms must agree. --bundle writes mobilenets_zoo/weights/NAME.safetensors, its row in the manifest,
+benchmarks/results/NAME.json and benchmarks/logs/NAME.csv.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from environment import environment
+from recipe import Recipe, load_recipe
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.cli import progress_bar
+from mobilenets_zoo.evaluation import evaluate
+from mobilenets_zoo.pretrained import WEIGHTS_DIR
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(recipe: Recipe, weights: Path, **kwargs: Any) -> torch.nn.Module:
+    overlay = {"file": str(weights)}
+    model = timm.create_model(
+        recipe.model, pretrained=True, pretrained_cfg_overlay=overlay, **recipe.model_args, **kwargs
+    )
+    return model.eval()
+
+
+def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str) -> dict[str, Any]:
+    """Returns the content of the result file."""
+    weights = run / "model.safetensors"
+    model = load(recipe, weights).to(device).to(memory_format=torch.channels_last)
+    images = mz.data.load_images(data, "test")
+    deployed = model
+    if any(isinstance(module, mz.LearnedGroupConv2d) for module in model.modules()):
+        deployed = load(recipe, weights, condensed=True).to(device).to(memory_format=torch.channels_last)
+        sample = torch.from_numpy(images.images[:100]).to(device).permute(0, 3, 1, 2) / 255.0
+        mz.check_equivalent(model, deployed, sample)
+    with progress_bar() as progress:
+        task = progress.add_task(recipe.model, total=len(images))
+        result = evaluate(deployed, images, on_progress=lambda n: progress.update(task, completed=n))
+    profile = mz.profile(deployed)
+    # A made-up input; the tests compare the logits, so that a change of code can't change what the weight computes.
+    sample = torch.linspace(-2, 2, 2 * 3 * 32 * 32, device=device).reshape(2, 3, 32, 32)
+    with torch.no_grad():
+        sample_logits = [[round(v, 5) for v in row] for row in deployed(sample).tolist()]
+    with open(run / "log.csv", newline="") as file:
+        epochs = list(csv.DictReader(file))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return {
+        "model": recipe.model,
+        "tag": recipe.tag,
+        "recipe_file": str(recipe_path.resolve().relative_to(ROOT)),
+        "recipe": dataclasses.asdict(recipe),
+        "seed": recipe.seed,
+        "params": profile.params,
+        "macs": profile.macs,
+        "sha256": digest,
+        "training": json.loads((run / "run.json").read_text()),
+        "training_seconds": round(sum(float(epoch["seconds"]) for epoch in epochs)),
+        "training_loss": float(epochs[-1]["train_loss"]),
+        "sample_logits": sample_logits,
+        "evaluation": {**result.to_dict(), "data_sha256": images.sha256(), "environment": environment(device)},
+    }
+
+
+def bundle(recipe: Recipe, recipe_path: Path, run: Path, result: dict[str, Any]) -> None:
+    """Puts weight, manifest row, result and log where the package and the tables read them."""
+    name, key = recipe.model, f"{recipe.model}.{recipe.tag}"
+    manifest_file = WEIGHTS_DIR / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    if key in manifest and manifest[key]["sha256"] != result["sha256"]:
+        raise ValueError(f"{key} is in the manifest with another weight; a new training needs a new tag")
+
+    result_file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    for target, source in (
+        (WEIGHTS_DIR / f"{name}.safetensors", run / "model.safetensors"),
+        (ROOT / "benchmarks" / "logs" / f"{name}.csv", run / "log.csv"),
+    ):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with mz.files.atomic_write(target) as file, open(source, "rb") as content:
+            shutil.copyfileobj(content, file)
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    with mz.files.atomic_write(result_file, "w") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+
+    weights = WEIGHTS_DIR / f"{name}.safetensors"
+    # One bundled file per model: an older tag's row goes with its file.
+    manifest = {other: row for other, row in manifest.items() if row["file"] != weights.name}
+    manifest[key] = {
+        "file": weights.name,
+        "sha256": result["sha256"],
+        "bytes": weights.stat().st_size,
+        "params": result["params"],
+        "macs": result["macs"],
+        "top1": round(result["evaluation"]["top1"], 2),
+        "top5": round(result["evaluation"]["top5"], 2),
+        "recipe": result["recipe_file"],
+        "result": str(result_file.relative_to(ROOT)),
+        "hub_id": f"mobilenets-zoo/{name}",
+        "revision": None,
+    }
+    with mz.files.atomic_write(manifest_file, "w") as file:
+        file.write(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="folder that benchmarks/train.py wrote")
+    parser.add_argument("--data", required=True, help="Parquet folder, torchvision root or Hub id")
+    parser.add_argument("--bundle", action="store_true", help="make it the package's weight")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(args.recipe)
+        result = measure(recipe, args.recipe, args.run, args.data, args.device)
+        scores = result["evaluation"]
+        print(f"{recipe.model}.{recipe.tag}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
+        if args.bundle:
+            bundle(recipe, args.recipe, args.run, result)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The command line, called as users call it."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+from conftest import ALL_MODELS, LGC_MODELS
+from PIL import Image
+
+import mobilenets_zoo as mz
+from mobilenets_zoo import cli, pretrained
+
+ENTRY = next(iter(pretrained.manifest().values()))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command in this process and returns (exit code, standard output, standard error)."""
+
+    def run(*arguments, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "argv", ["mobilenets-zoo", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capfd.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
+
+
+def one_line_error(err: str) -> str:
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A smooth 100x60 picture; what it shows doesn't matter."""
+    y, x = np.mgrid[0:60, 0:100]
+    pixels = np.stack([x * 2, y * 4, 255 - x * 2], -1).astype(np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_list_shows_all_models(run):
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in ALL_MODELS)
+    assert f"{ENTRY.top1:.2f}" in out
+    code, out, err = run("list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert set(rows) == set(ALL_MODELS)
+    assert rows["mobilenetv2_lgc_cifar100"]["params"] == 1_073_796
+    assert rows[ENTRY.model]["weights"]["sha256"] == ENTRY.sha256
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_info(run, name):
+    code, out, err = run("info", name)
+    assert (code, err) == (0, "")
+    assert name in out
+    document = json.loads(run("info", name, "--json")[1])
+    assert document["name"] == name
+    assert document["input_size"] == [3, 32, 32]
+    assert (document["weights"] is None) == (name not in {e.model for e in pretrained.manifest().values()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "resnet18"], "no model 'resnet18'; choose one of mobilenetv1"),
+        (["info"], "Missing argument"),
+        (["nonsense"], "No such command"),
+        (["predict"], "Missing argument"),
+        (["predict", "x.png", "--top", "0"], "--top"),
+        (["predict", "x.png", "--model", "nonsense"], "no model 'nonsense'"),
+        (["evaluate", ENTRY.model], "--data"),
+        (["evaluate", ENTRY.model, "--data", "/no/such/folder"], "no such folder"),
+        (["evaluate", ENTRY.model, "--data", ".", "--device", "nonsense"], "nonsense"),
+        (["evaluate", "mobilenetv1_w025_cifar100", "--data", ".", "--condensed"], "leave --condensed out"),
+        (["evaluate", "mobilenetv2_cifar100.nope", "--data", "."], "nope"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in one_line_error(err)
+
+
+def test_a_model_without_weights_is_one_line(run, photo):
+    untrained = sorted(set(ALL_MODELS) - {entry.model for entry in pretrained.manifest().values()})
+    for name in untrained[:1]:
+        code, out, err = run("predict", photo, "--model", name)
+        assert (code, out) == (2, "")
+        assert ENTRY.name in one_line_error(err)
+
+
+def test_predict_prints_a_table(run, photo):
+    code, out, err = run("predict", photo, "--model", ENTRY.model, "--top", 3)
+    assert (code, err) == (0, "")
+    assert sum(name in out for name in mz.CIFAR100_CLASSES) >= 3
+    assert "%" in out
+
+
+def test_predict_json_agrees_with_the_model(run, photo):
+    code, out, err = run("predict", photo, "--model", ENTRY.model, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["model"] == ENTRY.name
+    rows = document["images"][0]["predictions"]
+    assert len(rows) == 5
+    probabilities = [row["probability"] for row in rows]
+    assert probabilities == sorted(probabilities, reverse=True)
+    model = timm.create_model(ENTRY.model, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    expected = model(transform(Image.open(photo))[None]).softmax(1)[0]
+    assert rows[0]["label"] == expected.argmax().item()
+    assert rows[0]["class"] == mz.CIFAR100_CLASSES[rows[0]["label"]]
+    assert rows[0]["probability"] == pytest.approx(expected.max().item(), abs=1e-5)
+
+
+def top(run, path, **kwargs):
+    code, out, err = run("predict", path, "--model", ENTRY.model, "--json", **kwargs)
+    assert (code, err) == (0, ""), err
+    return json.loads(out)["images"][0]["predictions"]
+
+
+def test_predict_reads_standard_input(run, photo):
+    assert top(run, "-", stdin=photo.read_bytes()) == top(run, photo)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (32, 32), (2000, 1500)])
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
+def test_predict_takes_any_size(run, tmp_path, size, format_):
+    path = tmp_path / f"image.{format_}"
+    Image.new("RGB", size, (200, 30, 30)).save(path, format_)
+    assert len(top(run, path)) == 5
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16", "I", "YCbCr"])
+def test_predict_takes_any_colour_mode(run, tmp_path, photo, mode):
+    grey = Image.open(photo).convert("L")
+    path = tmp_path / f"image.{'tiff' if mode in ('CMYK', 'I', 'YCbCr') else 'png'}"
+    if mode in ("I;16", "I"):
+        values = np.asarray(grey).astype(np.uint16) * 257
+        Image.fromarray(values if mode == "I;16" else values.astype(np.int32)).save(path)
+    else:
+        (grey if mode in ("L", "LA", "1") else Image.open(photo)).convert(mode).save(path)
+    rows = top(run, path)
+    if mode in ("L", "LA", "I;16", "I"):  # the same grey picture
+        grey.save(tmp_path / "grey.png")
+        assert rows == top(run, tmp_path / "grey.png")
+    elif mode in ("RGBA", "P"):
+        assert len(rows) == 5
+
+
+def test_transparency_becomes_white(run, tmp_path):
+    clear = tmp_path / "clear.png"
+    white = tmp_path / "white.png"
+    Image.new("RGBA", (40, 40), (10, 200, 10, 0)).save(clear)
+    Image.new("RGB", (40, 40), "white").save(white)
+    assert top(run, clear) == top(run, white)
+
+
+def test_exif_rotation_is_applied(run, tmp_path, photo):
+    upright = Image.open(photo)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 270 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert top(run, tmp_path / "turned.png") == top(run, photo)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_broken_file_among_several(run, tmp_path, photo, as_json):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photo.read_bytes()[:80])
+    code, out, err = run(
+        "predict", photo, broken, tmp_path / "missing.png", tmp_path, photo, *(["--json"] if as_json else [])
+    )
+    assert code == 2
+    lines = err.splitlines()
+    assert len(lines) == 3
+    assert "broken.png: not a readable image" in lines[0]
+    assert "missing.png: no such file" in lines[1]
+    assert "directory" in lines[2]
+    if as_json:
+        results = json.loads(out)["images"]
+        assert ["error" in result for result in results] == [False, True, True, True, False]
+    else:
+        assert out.count("photo.png") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"text", bytes(1000)])
+def test_broken_bytes_are_one_line(run, tmp_path, content):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    code, out, err = run("predict", path)
+    assert (code, out) == (2, "")
+    assert "not a readable image" in one_line_error(err)
+
+
+@pytest.mark.cifar100
+def test_evaluate(run, cifar100, monkeypatch):
+    data = mz.data.load_images(cifar100, "test")
+    part = mz.data.ImageSet(data.images[:500], data.labels[:500], data.classes)
+    monkeypatch.setattr(mz.data, "load_images", lambda *_: part)
+    code, out, err = run("evaluate", ENTRY.model, "--data", cifar100, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["images"] == 500
+    assert document["top1"] == pytest.approx(ENTRY.top1, abs=7)
+    assert document["top5"] > document["top1"]
+    assert len(document["per_class"]) == 100
+    assert "500/500" in err  # the progress bar
+    code, out, err = run("evaluate", ENTRY.model, "--data", cifar100)
+    assert f"{document['top1']:.2f}" in out
+    for name in LGC_MODELS:
+        if name in {entry.model for entry in pretrained.manifest().values()}:
+            masked = json.loads(run("evaluate", name, "--data", cifar100, "--json")[1])
+            condensed = json.loads(run("evaluate", name, "--data", cifar100, "--json", "--condensed")[1])
+            assert condensed["top1"] == masked["top1"]
+
+
+def test_entry_point_and_start_up_time():
+    """A command costs little more than the import of timm that it can't avoid."""
+
+    def seconds(*command):
+        start = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return time.perf_counter() - start, result.stdout
+
+    program = "from mobilenets_zoo.cli import main; main()"
+    pairs = []
+    for _ in range(3):
+        base, _ = seconds(sys.executable, "-c", "import timm")
+        command, out = seconds(sys.executable, "-c", program, "list", "--json")
+        pairs.append(command - base)
+    assert len(json.loads(out)) == 14
+    assert min(pairs) < 0.3

@@ -1,0 +1,217 @@
+"""Whole models: condensing, the schedule, conversion of checkpoints, other people's networks."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ALL_MODELS, LGC_MODELS, ROOT, with_lively_statistics, with_random_masks
+from torch import nn
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.pretrained import checkpoint_filter_fn
+
+
+def finished(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs), seed), seed)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", LGC_MODELS)
+def test_condensed_model_is_equal(name, dtype, tolerance, memory_format):
+    model = finished(name).to(dtype)
+    condensed = mz.condense(model)
+    assert not any(isinstance(m, mz.LearnedGroupConv2d) for m in condensed.modules())
+    x = torch.randn(4, 3, 32, 32, dtype=dtype).to(memory_format=memory_format)
+    assert model(x).std() > 0.01  # the comparison says something
+    assert mz.check_equivalent(model, condensed, x) <= tolerance
+    assert mz.check_equivalent(model.train(), mz.condense(model), x) <= tolerance
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_condense_copies_and_keeps_flags(training):
+    model = finished("mobilenetv2_lgc_cifar100").train(training)
+    model.blocks[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    condensed = model.condense()
+    assert [m.training for m in condensed.modules()] == [m.training for m in model.modules()]
+    with torch.no_grad():
+        for parameter in condensed.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert condensed.pretrained_cfg == model.pretrained_cfg
+
+
+def test_condensing_twice_is_harmless():
+    once = mz.condense(finished("mobilenetv2_lgc_cifar100"))
+    twice = mz.condense(once)
+    assert mz.check_equivalent(once, twice, torch.randn(2, 3, 32, 32)) == 0
+
+
+def test_condense_refuses_unfinished_masks_and_names_the_layer():
+    model = timm.create_model("mobilenetv2_lgc_cifar100")
+    mz.CondenseSchedule(model).step(1 / 6)
+    with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*\[24, 24, 24, 24\] of 32"):
+        mz.condense(model)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_MODELS if "lgc" not in name])
+def test_models_without_learned_layers_say_so(name):
+    model = timm.create_model(name, device="meta")
+    for function in (mz.condense, mz.CondenseSchedule, mz.group_lasso):
+        with pytest.raises(ValueError, match="no LearnedGroupConv2d"):
+            function(model)
+    with pytest.raises((ValueError, TypeError), match="condensed"):
+        timm.create_model(name, condensed=True, device="meta")
+
+
+@pytest.mark.parametrize("name", LGC_MODELS)
+def test_checkpoints_convert_both_ways_without_loss(name):
+    model = finished(name)
+    condensed = mz.condense(model)
+    fresh_condensed = timm.create_model(name, condensed=True)
+    fresh_condensed.load_state_dict(condensed.state_dict())  # strict, as saved
+    fresh_masked = timm.create_model(name)
+    fresh_masked.load_state_dict(checkpoint_filter_fn(condensed.state_dict(), fresh_masked))
+    again = timm.create_model(name, condensed=True)
+    again.load_state_dict(checkpoint_filter_fn(fresh_masked.state_dict(), again))
+    expected = condensed.state_dict()
+    for other in (fresh_condensed, again):
+        assert all(torch.equal(expected[key], value) for key, value in other.state_dict().items())
+    x = torch.randn(2, 3, 32, 32)
+    assert mz.check_equivalent(model, fresh_masked.eval(), x) <= 1e-6
+
+
+def test_a_dense_checkpoint_starts_a_learned_network():
+    dense = with_lively_statistics(timm.create_model("mobilenetv2_cifar100"))
+    learned = timm.create_model("mobilenetv2_lgc_cifar100").eval()
+    learned.load_state_dict(checkpoint_filter_fn(dense.state_dict(), learned))
+    mz.check_equivalent(dense, learned, torch.randn(2, 3, 32, 32))
+
+
+def test_an_unfinished_checkpoint_does_not_load_as_condensed():
+    model = timm.create_model("mobilenetv2_lgc_cifar100")
+    with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*finish"):
+        checkpoint_filter_fn(model.state_dict(), timm.create_model("mobilenetv2_lgc_cifar100", condensed=True))
+
+
+def test_condense_works_on_foreign_models_and_keeps_shared_layers_shared():
+    layer = mz.LearnedGroupConv2d(16, 16).prune_(4)
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.ReLU())})
+    condensed = mz.condense(model)
+    assert isinstance(condensed["a"], mz.CondensedConv2d)
+    assert condensed["a"] is condensed["b"][0]
+    assert isinstance(mz.condense(layer), mz.CondensedConv2d)
+
+
+def test_check_equivalent_reports_the_largest_error():
+    a, b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert mz.check_equivalent(a, b, x) == 0
+    with torch.no_grad():
+        b.bias[1] += 1.0
+    with pytest.raises(ValueError, match=r"largest error is \d"):
+        mz.check_equivalent(a, b, x)
+    with torch.no_grad():
+        b.bias[1] = float("nan")
+    with pytest.raises(ValueError, match="nan"):
+        mz.check_equivalent(a, b, x)
+    with pytest.raises(ValueError, match="shapes"):
+        mz.check_equivalent(a, nn.Linear(3, 4).double(), x)
+
+
+def test_check_equivalent_leaves_running_statistics_alone():
+    model = nn.Sequential(nn.BatchNorm1d(3)).train()
+    mz.check_equivalent(model, model, torch.randn(8, 3))
+    assert model[0].num_batches_tracked == 0
+
+
+# The schedule
+
+
+def counts(model: nn.Module) -> set[float]:
+    """Shares of inputs that the layers' groups hold."""
+    return {
+        (m.mask.sum(1) / m.in_channels)[g].item()
+        for m in model.modules()
+        if isinstance(m, mz.LearnedGroupConv2d)
+        for g in range(m.groups)
+    }
+
+
+def test_schedule_prunes_at_sixths_and_only_there():
+    model = timm.create_model("mobilenetv2_lgc_cifar100")
+    schedule = mz.CondenseSchedule(model)
+    total = 600
+    changes = {step for step in range(total + 1) if schedule.step(step / total)}
+    assert changes == {100, 200, 300}
+    assert counts(model) == {0.25}
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0, 1), (0.16, 1), (1 / 6, 0.75), (0.34, 0.5), (0.5, 0.25), (1, 0.25)])
+def test_schedule_catches_up_after_a_jump(progress, share):
+    model = timm.create_model("mobilenetv2_lgc_gc_cifar100")
+    assert mz.CondenseSchedule(model).step(progress) is (share < 1)
+    assert counts(model) == {share}
+
+
+def test_schedule_follows_each_layers_own_factor():
+    model = nn.Sequential(mz.LearnedGroupConv2d(16, 8, 4, 2), mz.LearnedGroupConv2d(16, 8, 2, 8))
+    schedule = mz.CondenseSchedule(model)
+    schedule.step(0.25)
+    assert model[0].mask.sum(1).tolist() == [16] * 4
+    assert model[1].mask.sum(1).tolist() == [16 - 2 * 3] * 2
+    schedule.step(0.5)
+    assert counts(model) == {0.5, 0.125}
+
+
+def test_schedule_resumes_and_never_goes_back():
+    model = timm.create_model("mobilenetv2_lgc_cifar100")
+    first = mz.CondenseSchedule(model)
+    first.step(0.4)
+    second = mz.CondenseSchedule(model)
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == {"progress": 0.4}
+    assert not second.step(0.4)
+    assert not second.step(0.1)
+    assert counts(model) == {0.5}
+    assert second.step(0.5)
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.1, float("nan")])
+def test_schedule_rejects_progress_outside_its_range(progress):
+    schedule = mz.CondenseSchedule(nn.Sequential(mz.LearnedGroupConv2d(16, 8)))
+    with pytest.raises(ValueError, match="progress"):
+        schedule.step(progress)
+
+
+def test_two_models_keep_separate_progress():
+    a, b = (timm.create_model("mobilenetv2_lgc_cifar100") for _ in range(2))
+    mz.CondenseSchedule(a).step(1.0)
+    assert counts(a) == {0.25}
+    assert counts(b) == {1.0}
+
+
+def test_group_lasso_sums_over_layers():
+    model = nn.Sequential(mz.LearnedGroupConv2d(16, 8), nn.ReLU(), mz.LearnedGroupConv2d(8, 8))
+    torch.testing.assert_close(mz.group_lasso(model), model[0].group_lasso() + model[2].group_lasso())
+
+
+def test_two_processes_learn_identical_masks():
+    """Two gloo processes train on different data under DDP and prune; weights, masks and buffers must agree."""
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distributed_masks.py"],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("masks agree") == 2

@@ -1,0 +1,128 @@
+"""Reading data sets in the layouts that users have."""
+
+import hashlib
+import io
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mobilenets_zoo.data import ImageSet, load_images
+
+TRAIN_MEAN = (0.50708, 0.48655, 0.44092)
+TEST_PIXELS = "25298951534f6b9afdfd0676eff99bb482acc7b9a68051dfc6c35006f90af038"
+
+
+def png(seed: int) -> tuple[np.ndarray, bytes]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return pixels, buffer.getvalue()
+
+
+def write_parquet(path, seeds, column="fine_label", names=("a", "b", "c")):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": png(seed)[1], "path": f"{seed}.png"} for seed in seeds]
+    features = {"info": {"features": {column: {"names": list(names)}}}}
+    table = pa.table({"img": images, column: [seed % 3 for seed in seeds]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+
+
+@pytest.mark.parametrize(("column", "folder"), [("fine_label", "."), ("label", "plain_text")])
+def test_parquet_shards_keep_their_order(tmp_path, column, folder):
+    write_parquet(tmp_path / folder / "train-00000-of-00002.parquet", [0, 1], column)
+    write_parquet(tmp_path / folder / "train-00001-of-00002.parquet", [2, 3, 4], column)
+    write_parquet(tmp_path / folder / "test-00000-of-00001.parquet", [5], column)
+    data = load_images(tmp_path, "train")
+    assert data.labels.tolist() == [0, 1, 2, 0, 1]
+    assert data.classes == ("a", "b", "c")
+    assert all(np.array_equal(data.images[i], png(i)[0]) for i in range(5))
+    assert len(load_images(str(tmp_path), "test")) == 1
+
+
+def test_torchvision_root(tmp_path, monkeypatch):
+    """A root as torchvision unpacks it; its md5 table is replaced by that of the made-up files."""
+    from torchvision import datasets
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rows = {b"data": np.arange(2 * 3072, dtype=np.uint64).reshape(2, 3072).astype(np.uint8), b"fine_labels": [1, 0]}
+    for name, content in {"train": rows, "test": rows, "meta": {b"fine_label_names": [b"x", b"y"]}}.items():
+        text = {key.decode(): value for key, value in content.items()}
+        if name == "meta":
+            text = {"fine_label_names": ["x", "y"]}
+        (folder / name).write_bytes(pickle.dumps(text))
+
+    def digest(name):
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", digest("train")]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", digest("test")]])
+    monkeypatch.setattr(
+        datasets.CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": digest("meta")}
+    )
+    data = load_images(tmp_path, "test")
+    assert data.images.shape == (2, 32, 32, 3)
+    assert data.labels.tolist() == [1, 0]
+    assert data.classes == ("x", "y")
+    (folder / "test").write_bytes(b"altered")
+    with pytest.raises(ValueError, match="torchvision can't read CIFAR100"):
+        load_images(tmp_path, "test")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1"])
+def test_broken_parquet_is_named(tmp_path, content):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet: can't be read"):
+        load_images(tmp_path, "train")
+
+
+def test_parquet_with_other_columns_is_named(tmp_path):
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"columns \['x'\], expected img"):
+        load_images(tmp_path, "train")
+
+
+def test_broken_image_is_named(tmp_path):
+    table = pa.table({"img": [{"bytes": b"no image", "path": ""}], "fine_label": [0]})
+    pq.write_table(table, tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet: can't be read"):
+        load_images(tmp_path, "test")
+
+
+def test_folders_without_data_say_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"train-\*\.parquet.*uoft-cs/cifar100"):
+        load_images(tmp_path, "train")
+    with pytest.raises(ValueError, match="no such folder"):
+        load_images(tmp_path / "missing", "train")
+    with pytest.raises(ValueError, match="split"):
+        load_images(tmp_path, "validation")
+
+
+def test_hub_errors_are_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("offline\nlong explanation")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ValueError, match=r"^uoft-cs/cifar100: could not be downloaded \(offline\)"):
+        load_images("uoft-cs/cifar100", "test")
+
+
+def test_digest_follows_the_pixels():
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    data = ImageSet(images, np.zeros(2, np.int64), ("a",))
+    assert data.sha256() == hashlib.sha256(images.tobytes()).hexdigest()
+
+
+@pytest.mark.cifar100
+def test_cifar100_itself(cifar100):
+    test = load_images(cifar100, "test")
+    assert test.sha256() == TEST_PIXELS
+    assert np.bincount(test.labels).tolist() == [100] * 100
+    train = load_images(cifar100, "train")
+    assert np.bincount(train.labels).tolist() == [500] * 100
+    np.testing.assert_allclose(train.images.mean((0, 1, 2)) / 255, TRAIN_MEAN, atol=1e-4)

@@ -1,0 +1,256 @@
+"""The timm contract and the architecture's numbers, for every registered model.
+
+timm's own test suite runs on the same models in .ci/run; what stands here is what it leaves out.
+"""
+
+import pytest
+import timm
+import torch
+from conftest import ALL_MODELS, LGC_MODELS, with_lively_statistics
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch import nn
+
+import mobilenets_zoo as mz
+
+# Deployed parameters and MACs, docs/design.md.
+COSTS = {
+    "mobilenetv1_cifar100": (3_309_476, 611_651_584),
+    "mobilenetv1_w050_cifar100": (869_892, 156_403_712),
+    "mobilenetv1_w025_cifar100": (238_772, 40_846_336),
+    "mobilenetv2_cifar100": (2_360_868, 300_913_664),
+    "mobilenetv2_t4_cifar100": (1_758_564, 211_399_680),
+    "mobilenetv2_t1_cifar100": (855_108, 77_128_704),
+    "mobilenetv2_lgc_cifar100": (1_073_796, 110_105_600),
+    "mobilenetv2_lgc_proj_cifar100": (1_638_468, 204_379_136),
+    "mobilenetv2_gc_lgc_cifar100": (1_073_796, 110_105_600),
+    "mobilenetv2_lgc_exp_cifar100": (1_796_196, 206_640_128),
+    "mobilenetv2_lgc_gc_cifar100": (1_073_796, 110_105_600),
+    "mobilenetv2_gc_cifar100": (1_073_796, 110_105_600),
+    "mobilenetv2_gc_exp_cifar100": (1_796_196, 206_640_128),
+    "mobilenetv2_gc_proj_cifar100": (1_638_468, 204_379_136),
+}
+
+each_model = pytest.mark.parametrize("name", ALL_MODELS)
+
+
+def deployed(name: str, **kwargs) -> nn.Module:
+    return timm.create_model(name, **({"condensed": True} if name in LGC_MODELS else {}), **kwargs)
+
+
+def test_fourteen_models_are_registered():
+    assert set(ALL_MODELS) == set(COSTS)
+
+
+@each_model
+def test_parameters_and_macs(name):
+    profile = mz.profile(deployed(name))
+    assert (profile.params, profile.macs) == COSTS[name]
+    assert mz.profiling.deployed_profiles()[name] == profile
+
+
+@pytest.mark.parametrize("name", LGC_MODELS)
+def test_masked_models_count_as_what_they_compute(name):
+    model = timm.create_model(name)
+    dense = model.state_dict()
+    macs = 0
+    for key, value in dense.items():
+        if key.endswith("mask"):
+            macs += 1
+            assert value.dtype == torch.bool
+    assert macs == sum(isinstance(m, mz.LearnedGroupConv2d) for m in model.modules())
+    assert mz.profile(model).macs > COSTS[name][1]
+    mz.CondenseSchedule(model).step(1.0)
+    assert mz.profile(mz.condense(model)) == mz.Profile(*COSTS[name])
+
+
+def test_profile_restores_training_flags_and_follows_the_size():
+    model = timm.create_model("mobilenetv1_w025_cifar100").train()
+    model.blocks[0].eval()
+    flags = [m.training for m in model.modules()]
+    small, large = mz.profile(model), mz.profile(model, (3, 64, 64))
+    assert [m.training for m in model.modules()] == flags
+    classifier = 256 * 100
+    assert large.macs - classifier == 4 * (small.macs - classifier)
+
+
+@each_model
+@pytest.mark.parametrize("size", [64, 96, 224])
+def test_other_input_sizes(name, size):
+    model = timm.create_model(name, device="meta")
+    x = torch.empty(1, 3, size, size, device="meta")
+    assert model.forward_features(x).shape == (1, model.num_features, size // 4, size // 4)
+    assert model(x).shape == (1, 100)
+
+
+@each_model
+def test_head_options(name):
+    model = timm.create_model(name, num_classes=10, in_chans=1, drop_rate=0.5, global_pool="avgmax").eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert model(x).shape == (2, 10)
+    assert model.head_drop.p == 0.5
+    assert model.global_pool.pool_type == "avgmax"
+    model.reset_classifier(7)
+    assert model.global_pool.pool_type == "avgmax"
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (2, model.num_features, 8, 8)
+    assert timm.create_model(name, num_classes=0)(torch.randn(2, 3, 32, 32)).shape == (2, model.num_features)
+    pooled = timm.create_model(name).eval()
+    features = pooled.forward_features(torch.randn(2, 3, 32, 32))
+    assert pooled.forward_head(features, pre_logits=True).shape == (2, pooled.head_hidden_size)
+
+
+@each_model
+def test_unknown_arguments_raise(name):
+    with pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model(name, no_such_argument=1)
+
+
+@each_model
+def test_drop_path_acts_in_training_only(name):
+    model = timm.create_model(name, drop_path_rate=0.5)
+    drops = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    if name.startswith("mobilenetv1"):
+        assert not drops  # no residual connection to drop
+        return
+    assert drops == sorted(drops)
+    assert drops[-1] == pytest.approx(0.5)
+    x = torch.randn(4, 3, 32, 32)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@each_model
+def test_layerwise_decay_groups_follow_depth(name):
+    model = timm.create_model(name, device="meta")
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale_of = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    scales = [scale_of[id(parameters[key])] for key in parameters]
+    assert len(scale_of) == len(parameters)
+    assert scales == sorted(scales)  # parameters are named from the stem to the classifier
+    assert len(set(scales)) > 10
+    assert scales[-1] == 1.0
+    create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
+
+
+@each_model
+def test_device_dtype_and_bfloat16(name):
+    model = timm.create_model(name, device="meta", dtype=torch.float64)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        assert tensor.is_meta
+        assert tensor.dtype in (torch.float64, torch.bool, torch.int64)
+    low = timm.create_model(name).to(torch.bfloat16).eval()
+    assert low(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    low.reset_classifier(3)
+    assert low.get_classifier().weight.dtype == torch.bfloat16
+
+
+@each_model
+def test_memory_formats_agree(name):
+    model = with_lively_statistics(deployed(name)).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model(x)
+    actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def forms(name: str) -> list[nn.Module]:
+    models = [timm.create_model(name)]
+    if name in LGC_MODELS:
+        models.append(deployed(name))
+    return [with_lively_statistics(model) for model in models]
+
+
+@each_model
+def test_symbolic_trace_is_equal(name):
+    x = torch.randn(2, 3, 32, 32)
+    for model in forms(name):
+        traced = torch.fx.symbolic_trace(model)
+        assert torch.equal(traced(x), model(x))
+        x_last = x.to(memory_format=torch.channels_last)
+        assert torch.equal(traced(x_last), model(x_last))
+
+
+@each_model
+def test_export_with_dynamic_batch_is_equal(name):
+    for model in forms(name):
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+        x = torch.randn(5, 3, 32, 32)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"])
+def test_compile_fullgraph_is_equal(name):
+    """One model of each kind of layer, through Dynamo and AOTAutograd; Inductor's code is not this project's."""
+    for model in forms(name):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@each_model
+def test_compile_fullgraph_with_inductor(name):
+    for model in forms(name):
+        x = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
+        torch._dynamo.reset()
+
+
+def test_width_and_expansion_are_constructor_arguments():
+    half = timm.create_model("mobilenetv2_cifar100", width_mult=0.5)
+    assert half.blocks[-1][-1].projection.bn.num_features == 160
+    assert half.num_features == 1280
+    assert mz.profile(half).params < 0.5 * COSTS["mobilenetv2_cifar100"][0]
+    assert mz.profile(timm.create_model("mobilenetv2_cifar100", expand_ratio=4)) == mz.Profile(
+        *COSTS["mobilenetv2_t4_cifar100"]
+    )
+    wide = timm.create_model("mobilenetv2_lgc_cifar100", width_mult=1.5, groups=2, condense_factor=2)
+    mz.CondenseSchedule(wide).step(1.0)
+    assert mz.condense(wide)(torch.randn(1, 3, 32, 32)).shape == (1, 100)
+
+
+@pytest.mark.parametrize("arguments", [dict(expansion="dens"), dict(projection="LGC"), dict(expansion="gc", groups=7)])
+def test_impossible_arguments_raise(arguments):
+    with pytest.raises(ValueError, match=r"expansion and projection|divisible"):
+        timm.create_model("mobilenetv2_cifar100", **arguments)
+
+
+def test_shortcuts_are_where_the_architecture_has_them():
+    model = timm.create_model("mobilenetv2_cifar100", device="meta")
+    found = {}
+    for row, blocks in enumerate(model.blocks):
+        for i, block in enumerate(blocks):
+            kind = "conv" if isinstance(block.shortcut, nn.Conv2d) else "identity"
+            found[row, i] = kind if block.has_shortcut else None
+    convs = [place for place, kind in found.items() if kind == "conv"]
+    assert convs == [(0, 0), (1, 0), (2, 0), (4, 0)]
+    assert [place for place, kind in found.items() if kind is None] == [(3, 0), (5, 0), (6, 0)]
+
+
+def test_channel_shuffle_lets_every_group_read_from_every_group():
+    from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
+
+    x = torch.arange(12.0).reshape(1, 12, 1, 1)
+    assert ChannelShuffle(4)(x).flatten().tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
+    shuffles = {
+        name: sum(isinstance(m, ChannelShuffle) for m in timm.create_model(name, device="meta").modules())
+        for name in ALL_MODELS
+    }
+    assert shuffles.pop("mobilenetv2_gc_cifar100") == 17 + 16
+    assert not any(shuffles.values())
+
+
+@each_model
+def test_configuration_describes_the_data(name):
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.input_size == (3, 32, 32)
+    assert cfg.num_classes == 100
+    assert cfg.label_names == mz.CIFAR100_CLASSES
+    assert len(set(mz.CIFAR100_CLASSES)) == 100
+    assert list(mz.CIFAR100_CLASSES) == sorted(mz.CIFAR100_CLASSES)
