@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from environment import environment
 from recipe import Recipe, load_recipe
+from weight_files import create_from_file
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.cli import progress_bar
@@ -30,24 +30,23 @@ from mobilenets_zoo.pretrained import WEIGHTS_DIR
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load(recipe: Recipe, weights: Path, **kwargs: Any) -> torch.nn.Module:
-    overlay = {"file": str(weights)}
-    model = timm.create_model(
-        recipe.model, pretrained=True, pretrained_cfg_overlay=overlay, **recipe.model_args, **kwargs
-    )
-    return model.eval()
-
-
 def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str) -> dict[str, Any]:
     """Returns the content of the result file."""
     weights = run / "model.safetensors"
-    model = load(recipe, weights).to(device).to(memory_format=torch.channels_last)
+    model = (
+        create_from_file(recipe.model, weights, **recipe.model_args).to(device).to(memory_format=torch.channels_last)
+    )
     images = mz.data.load_images(data, "test")
+    model.eval()
     deployed = model
     if any(isinstance(module, mz.LearnedGroupConv2d) for module in model.modules()):
-        deployed = load(recipe, weights, condensed=True).to(device).to(memory_format=torch.channels_last)
+        deployed = (
+            create_from_file(recipe.model, weights, condensed=True, **recipe.model_args)
+            .to(device)
+            .to(memory_format=torch.channels_last)
+        )
         sample = torch.from_numpy(images.images[:100]).to(device).permute(0, 3, 1, 2) / 255.0
-        mz.check_equivalent(model, deployed, sample)
+        mz.check_equivalent(model, deployed.eval(), sample)
     with progress_bar() as progress:
         task = progress.add_task(recipe.model, total=len(images))
         result = evaluate(deployed, images, on_progress=lambda n: progress.update(task, completed=n))
