@@ -13,7 +13,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str
     with open(run / "log.csv", newline="") as file:
         epochs = list(csv.DictReader(file))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    latency = {"device": environment()["device"], "milliseconds": eager_milliseconds(deployed)}
     return {
         "model": recipe.model,
         "tag": recipe.tag,
@@ -70,9 +73,26 @@ def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str
         "training": json.loads((run / "run.json").read_text()),
         "training_seconds": round(sum(float(epoch["seconds"]) for epoch in epochs)),
         "training_loss": float(epochs[-1]["train_loss"]),
+        "latency": latency,
         "sample_logits": sample_logits,
         "evaluation": {**result.to_dict(), "data_sha256": images.sha256(), "environment": environment(device)},
     }
+
+
+def eager_milliseconds(model: torch.nn.Module) -> float:
+    """Returns the median time of one image on one thread of the processor, in eager fp32 and channels_last."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    image = torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)
+    times = []
+    with torch.inference_mode():
+        model = model.cpu()
+        for _ in range(60):
+            start = time.perf_counter()
+            model(image)
+            times.append(1000 * (time.perf_counter() - start))
+    torch.set_num_threads(threads)
+    return round(statistics.median(times[10:]), 2)
 
 
 def bundle(recipe: Recipe, recipe_path: Path, run: Path, result: dict[str, Any]) -> None:

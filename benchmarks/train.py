@@ -68,7 +68,7 @@ class Student:
             model = timm.create_model(recipe.model, **arguments)
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
         self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.network = self.model  # what runs: wrapped or compiled by the trainer
+        self.network: Any = self.model  # what runs: wrapped or compiled by the trainer
         self.optimizer = create_optimizer_v2(
             self.model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )

@@ -75,7 +75,7 @@ class LearnedGroupConv2d(nn.Module):
 
     @torch.no_grad()
     def input_importance(self) -> torch.Tensor:
-        """Returns the importance of each input for each group: the sum of |w| over the group's rows.
+        """Returns the importance of each input for each group, the sum of absolute weights in the group's rows.
 
         Shape (groups, in_channels), zero at dropped inputs (CondenseNet, section 3.1).
         """

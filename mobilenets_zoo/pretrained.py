@@ -24,6 +24,7 @@ from mobilenets_zoo.learned_group_conv import CondensedConv2d, condense_weight, 
 
 __all__ = [
     "SOURCE_VARIABLE",
+    "AlteredWeightsError",
     "WeightEntry",
     "WeightsError",
     "checkpoint_filter_fn",
@@ -43,6 +44,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 class WeightsError(RuntimeError):
     """Pretrained weights are missing, altered or out of reach; the message names the file and the remedy."""
+
+
+class AlteredWeightsError(WeightsError):
+    """A whole file has other content than the manifest says; no other source takes its place."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +144,18 @@ def verified_file(entry: WeightEntry, cache_dir: Optional[str] = None) -> Path:
     if source != "bundled":
         try:
             path = _download(entry, cache_dir)
+            # In the cache this is a link; deleting its target is what makes the client download again.
+            blob = path.resolve()
+            verified_bytes(blob, entry, f"delete it to download it again, or set {SOURCE_VARIABLE}=bundled")
+            return path
+        except AlteredWeightsError:
+            raise
         except WeightsError:
             if source == "hub":
                 raise
-        else:
-            remedy = f"delete it, so that it is downloaded again, or set {SOURCE_VARIABLE}=bundled"
-            return _verify(path, entry, remedy)
     path = WEIGHTS_DIR / entry.file
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing; reinstall mobilenets-zoo")
-    return _verify(path, entry, "reinstall mobilenets-zoo")
+    verified_bytes(path, entry, "reinstall mobilenets-zoo")
+    return path
 
 
 def _download(entry: WeightEntry, cache_dir: Optional[str]) -> Path:
@@ -159,24 +166,40 @@ def _download(entry: WeightEntry, cache_dir: Optional[str]) -> Path:
         raise WeightsError(f"{entry.name} isn't published as {entry.hub_id} on the Hub yet; {remedy}")
     try:
         return Path(hf_hub_download(entry.hub_id, HUB_FILENAME, revision=entry.revision, cache_dir=cache_dir))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # Between OSError, ValueError and the HTTP client's own errors the base classes change from release to release.
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise WeightsError(
             f"{entry.hub_id}/{HUB_FILENAME} at {entry.revision} can't be downloaded: {reason}; {remedy}"
         ) from error
 
 
-def _verify(path: Path, entry: WeightEntry, remedy: str) -> Path:
+def verified_bytes(path: Path, entry: WeightEntry, remedy: str) -> bytes:
+    """Returns a file's content if it is what the manifest says.
+
+    Args:
+        path: the file.
+        entry: what it should hold.
+        remedy: the end of the error messages, what to do.
+
+    Raises:
+        AlteredWeightsError: as long as it should be, or longer, with other content.
+        WeightsError: missing, unreadable or truncated.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing; {remedy}")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise WeightsError(f"{path} can't be read: {error}; {remedy}") from error
-    if len(data) != entry.bytes:
-        raise WeightsError(f"{path} has {len(data)} bytes where {entry.name} has {entry.bytes}; {remedy}")
+        raise WeightsError(f"{path} can't be read: {error.strerror}; {remedy}") from error
+    if len(data) < entry.bytes:
+        raise WeightsError(f"{path} has {len(data)} of {entry.name}'s {entry.bytes} bytes: it is truncated; {remedy}")
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
-        raise WeightsError(f"{path} has sha256 {digest} where {entry.name} has {entry.sha256}; {remedy}")
-    return path
+        raise AlteredWeightsError(
+            f"{path} is altered: its sha256 is {digest}, that of {entry.name} is {entry.sha256}; {remedy}"
+        )
+    return data
 
 
 def build_model(
