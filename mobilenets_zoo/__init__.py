@@ -9,6 +9,7 @@ from mobilenets_zoo.classes import CIFAR100_CLASSES
 from mobilenets_zoo.condensing import CondenseSchedule, check_equivalent, condense, group_lasso
 from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
 from mobilenets_zoo.models import MobileNetV1, MobileNetV2
+from mobilenets_zoo.optimizing import optimize_for_inference
 from mobilenets_zoo.pretrained import WeightsError, manifest, save_weights
 from mobilenets_zoo.profiling import Profile, profile
 
@@ -30,6 +31,7 @@ __all__ = [
     "group_lasso",
     "manifest",
     "models",
+    "optimize_for_inference",
     "pretrained",
     "profile",
     "profiling",

@@ -42,7 +42,12 @@ def condense(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=dict(condensed))
 
 
-def check_equivalent(a: nn.Module, b: nn.Module, inputs: torch.Tensor | tuple[torch.Tensor, ...]) -> float:
+def check_equivalent(
+    a: nn.Module,
+    b: nn.Module,
+    inputs: torch.Tensor | tuple[torch.Tensor, ...],
+    tolerance: float | None = None,
+) -> float:
     """Compares two models' outputs.
 
     Both run without gradients and in the mode they are in; running statistics stay untouched.
@@ -51,13 +56,14 @@ def check_equivalent(a: nn.Module, b: nn.Module, inputs: torch.Tensor | tuple[to
         a: the reference.
         b: the model to compare.
         inputs: a tensor, or a tuple of positional arguments.
+        tolerance: largest error relative to the outputs' scale; by default 1e-12 (float64), 1e-5 (float32), 1e-2
+            (float16) or 5e-2 (bfloat16).
 
     Returns:
         The largest error divided by the largest absolute output of `a`.
 
     Raises:
-        ValueError: shapes differ or the error is above 1e-12 (float64), 1e-5 (float32), 1e-2 (float16) or 5e-2
-            (bfloat16); the message holds the largest error.
+        ValueError: shapes differ or the error is above the tolerance; the message holds the largest error.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     a, b = (copy.deepcopy(model) if model.training else model for model in (a, b))
@@ -67,7 +73,7 @@ def check_equivalent(a: nn.Module, b: nn.Module, inputs: torch.Tensor | tuple[to
         raise ValueError(f"not equivalent: output shapes {tuple(expected.shape)} and {tuple(actual.shape)}")
     scale = expected.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
     error = ((expected.double() - actual.double()).abs().max() / scale).item()
-    tolerance = TOLERANCES[expected.dtype]
+    tolerance = TOLERANCES[expected.dtype] if tolerance is None else tolerance
     if not error <= tolerance:  # also catches NaN
         raise ValueError(
             f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {tolerance:g}"

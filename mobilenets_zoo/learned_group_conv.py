@@ -207,12 +207,14 @@ class CondensedConv2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
-# Where the channels_last form gathers instead of spreading the weight over all inputs.
-GATHER_MIN_OUTPUTS = 96
-GATHER_MIN_INPUTS = 16
-
-
-def condensed_conv2d(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, groups: int) -> torch.Tensor:
+def condensed_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    groups: int,
+    gather_min_outputs: int = 96,
+    gather_min_inputs: int = 16,
+) -> torch.Tensor:
     """Gathers channels and applies a grouped 1x1 convolution, in the form that is fastest for x's memory layout.
 
     Args:
@@ -220,6 +222,8 @@ def condensed_conv2d(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor,
         weight: (out_channels, K, 1, 1).
         index: (groups * K,), int64.
         groups: G.
+        gather_min_outputs, gather_min_inputs: in channels_last, gather where the layer has that many outputs, and
+            inputs per group; else spread the weight over all inputs.
 
     Compilers and exporters see the textbook form, a gather and a grouped convolution, and optimise that themselves.
     Eager forms were chosen with benchmarks/condensed_layer.py.
@@ -235,7 +239,7 @@ def condensed_conv2d(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor,
         return out.unflatten(-1, (height, width)).reshape(x.shape[:-3] + weight.shape[:1] + x.shape[-2:])
 
     # A gather across the innermost axis moves single values: it pays where enough outputs share each of them.
-    if x.is_cpu and weight.shape[0] >= GATHER_MIN_OUTPUTS and inputs_per_group >= GATHER_MIN_INPUTS:
+    if x.is_cpu and weight.shape[0] >= gather_min_outputs and inputs_per_group >= gather_min_inputs:
         pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
         # torch.gather uses all threads here, index_select only one.
         gathered = pixels.gather(1, index.expand(pixels.shape[0], -1))

@@ -202,6 +202,15 @@ def test_compile_fullgraph_with_inductor(name):
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", LGC_MODELS)
+def test_condensed_models_compile_in_torchscript(name):
+    model = with_lively_statistics(deployed(name))
+    scripted = torch.jit.script(model)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
+        assert torch.equal(scripted(x), model(x))
+
+
 def test_width_and_expansion_are_constructor_arguments():
     half = timm.create_model("mobilenetv2_cifar100", width_mult=0.5)
     assert half.blocks[-1][-1].projection.bn.num_features == 160

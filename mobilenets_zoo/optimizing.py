@@ -1,0 +1,237 @@
+"""Exact rewrites of a trained network for inference.
+
+Each rewrite is a function on one bottleneck, described by a `HiddenLayers`; `optimize_for_inference` applies them to a
+whole network and checks the outputs before it returns. What each one buys is measured in benchmarks/.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mobilenets_zoo.condensing import check_equivalent, condense, learned_layers
+from mobilenets_zoo.learned_group_conv import CondensedConv2d, condensed_conv2d
+from mobilenets_zoo.models._base import ConvBn, MobileNetBase
+from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
+
+__all__ = ["OptimizedNetwork", "optimize_for_inference"]
+
+# Hidden groups stay a multiple of this many channels: one 512-bit register of float32 values.
+SIMD_CHANNELS = 16
+
+# Verification: the largest error relative to the outputs' scale.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with its BatchNorm folded in.
+
+    Attributes:
+        weight: (out_channels, inputs per group, kernel, kernel).
+        bias: (out_channels,).
+        groups: number of groups.
+        stride: along both axes.
+        index: input channels to gather first, int64, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    groups: int = 1
+    stride: int = 1
+    index: Optional[torch.Tensor] = None
+
+
+@dataclass(frozen=True)
+class HiddenLayers:
+    """The three convolutions of a bottleneck; the expansion's outputs are the hidden channels."""
+
+    expansion: Convolution
+    depthwise: Convolution
+    projection: Convolution
+
+
+def fold_batchnorm(layer: ConvBn) -> Convolution:
+    """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias."""
+    conv, bn = layer.conv, layer.bn
+    assert isinstance(conv, nn.Conv2d | CondensedConv2d)
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return Convolution(
+        weight=(conv.weight * scale[:, None, None, None]).detach(),
+        bias=(bn.bias - bn.running_mean * scale).detach(),
+        groups=conv.groups,
+        stride=conv.stride[0] if isinstance(conv, nn.Conv2d) else 1,
+        index=conv.index if isinstance(conv, CondensedConv2d) else None,
+    )
+
+
+def select_hidden(layers: HiddenLayers, order: torch.Tensor, read: Optional[torch.Tensor]) -> HiddenLayers:
+    """Returns layers that compute the hidden channels `order`, which may repeat or leave out some.
+
+    Args:
+        layers: a bottleneck's.
+        order: hidden channels to compute, equally many from each of the expansion's groups and group by group.
+        read: positions in `order` that the projection gathers, None where it reads them as they come.
+    """
+    expansion, depthwise = layers.expansion, layers.depthwise
+    return HiddenLayers(
+        expansion=replace(expansion, weight=expansion.weight[order], bias=expansion.bias[order]),
+        depthwise=replace(depthwise, weight=depthwise.weight[order], bias=depthwise.bias[order], groups=len(order)),
+        projection=replace(layers.projection, index=read),
+    )
+
+
+def compute_in_reading_order(layers: HiddenLayers) -> HiddenLayers:
+    """Lets a dense expansion put out hidden channels as the projection reads them: its gather disappears.
+
+    Dead channels, which no group reads, are left out; a channel that several groups read is computed for each. With as
+    many groups as the condense factor the number of hidden channels stays the same.
+    """
+    index = layers.projection.index
+    if index is None or layers.expansion.groups > 1:
+        return layers
+    return select_hidden(layers, index, None)
+
+
+def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
+    """Leaves out hidden channels that no group of the projection reads.
+
+    The expansion's groups stay equally large and a multiple of `SIMD_CHANNELS`: a group with more dead channels than
+    the others keeps some of them.
+    """
+    index = layers.projection.index
+    if index is None:
+        return layers
+    groups, hidden = layers.expansion.groups, len(layers.expansion.weight)
+    size = hidden // groups
+    alive = torch.zeros(hidden, dtype=torch.bool, device=index.device).index_fill_(0, index, True).reshape(groups, size)
+    most = int(alive.sum(1).max())
+    keep = min(size, -(-most // SIMD_CHANNELS) * SIMD_CHANNELS)
+    if keep == size:
+        return layers
+    # Living channels first, in their order; the sort is stable.
+    chosen = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
+    order = (chosen + size * torch.arange(groups, device=index.device)[:, None]).flatten()
+    position = torch.full((hidden,), -1, device=index.device).index_put_((order,), torch.arange(len(order)).to(index))
+    return select_hidden(layers, order, position[index])
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution with bias, after a gather of its input channels where `index` is given."""
+
+    index: Optional[torch.Tensor]
+
+    def __init__(self, convolution: Convolution, act: bool):
+        super().__init__()
+        self.weight = nn.Parameter(convolution.weight.clone(), requires_grad=False)
+        self.bias = nn.Parameter(convolution.bias.clone(), requires_grad=False)
+        self.register_buffer("index", convolution.index)
+        self.groups, self.stride = convolution.groups, convolution.stride
+        self.padding = self.weight.shape[-1] // 2
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.index is None:
+            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        else:
+            x = condensed_conv2d(x, self.weight, self.index, self.groups) + self.bias[:, None, None]
+        return F.relu6(x) if self.act else x
+
+
+class OptimizedBlock(nn.Module):
+    """A sequence of folded convolutions with an optional shortcut around it."""
+
+    def __init__(self, layers: list[nn.Module], shortcut: Optional[nn.Module]):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers(x)
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+
+class OptimizedNetwork(nn.Module):
+    """A zoo network rewritten for inference; made by `optimize_for_inference`. It can't be trained."""
+
+    def __init__(self, stem: nn.Module, blocks: nn.Sequential, head_conv: nn.Module, model: MobileNetBase):
+        super().__init__()
+        self.stem, self.blocks, self.head_conv = stem, blocks, head_conv
+        self.global_pool, self.classifier = copy.deepcopy(model.global_pool), copy.deepcopy(model.classifier)
+        self.num_classes, self.in_chans = model.num_classes, model.in_chans
+        self.pretrained_cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "OptimizedNetwork":
+        """Stays in eval mode.
+
+        Raises:
+            RuntimeError: `mode` is True.
+        """
+        if mode:
+            raise RuntimeError("an optimized network is for inference; train the model that it was made from")
+        return super().train(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps images (N, in_chans, H, W) to logits (N, num_classes)."""
+        x = self.head_conv(self.blocks(self.stem(x)))
+        return self.classifier(self.global_pool(x))
+
+
+@torch.no_grad()
+def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
+    """Returns a new, eval-only network with equal outputs that runs faster.
+
+    BatchNorm is folded, learned group convolutions are condensed, gathers vanish where a dense expansion can put out
+    its channels in reading order, and hidden channels that nothing reads are removed elsewhere. `model` stays as it
+    was.
+
+    Args:
+        model: a network of the zoo, masked or condensed.
+
+    Raises:
+        TypeError: not a network of the zoo.
+        ValueError: a mask isn't finished, or the outputs differ by more than 1e-4 (float32) or 1e-10 (float64) of
+            their scale.
+    """
+    if not isinstance(model, MobileNetBase):
+        raise TypeError(f"{type(model).__name__} is not a network of the zoo; mz.condense works on any model")
+    source = condense(model) if learned_layers(model) else copy.deepcopy(model)
+    source.eval()
+    assert isinstance(source, MobileNetBase)
+    blocks = nn.Sequential(*(_optimize_block(block) for row in source.blocks for block in row))  # type: ignore[attr-defined]
+    head_conv = _folded(source.head_conv) if isinstance(source.head_conv, ConvBn) else nn.Identity()
+    assert isinstance(source.stem, ConvBn)
+    network = OptimizedNetwork(_folded(source.stem), blocks, head_conv, source)
+
+    weight = network.stem.get_parameter("weight")
+    if weight.dtype in TOLERANCES and not weight.is_meta:
+        images = torch.randn(2, source.in_chans, 32, 32, device=weight.device, dtype=weight.dtype)
+        check_equivalent(source, network, images, tolerance=TOLERANCES[weight.dtype])
+    return network
+
+
+def _folded(layer: ConvBn) -> FoldedConv2d:
+    return FoldedConv2d(fold_batchnorm(layer), isinstance(layer.bn.act, nn.ReLU6))
+
+
+def _optimize_block(block: nn.Module) -> OptimizedBlock:
+    if isinstance(block, DepthwiseSeparableBlock):
+        return OptimizedBlock([_folded(block.depthwise), _folded(block.pointwise)], None)
+    assert isinstance(block, Bottleneck)
+    layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
+    layers = remove_dead_hidden(compute_in_reading_order(layers))
+    parts: list[nn.Module] = [
+        FoldedConv2d(layers.expansion, act=True),
+        FoldedConv2d(layers.depthwise, act=True),
+        FoldedConv2d(layers.projection, act=False),
+    ]
+    if isinstance(block.shuffle_hidden, ChannelShuffle):
+        parts.insert(1, copy.deepcopy(block.shuffle_hidden))
+    if isinstance(block.shuffle_out, ChannelShuffle):
+        parts.append(copy.deepcopy(block.shuffle_out))
+    return OptimizedBlock(parts, copy.deepcopy(block.shortcut) if block.has_shortcut else None)

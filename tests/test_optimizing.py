@@ -1,0 +1,141 @@
+"""Exact rewrites for inference: each on its own, then on every model."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import ALL_MODELS, LGC_MODELS, with_lively_statistics, with_random_masks
+from torch import nn
+from torch.nn import functional as F
+
+import mobilenets_zoo as mz
+from mobilenets_zoo import optimizing
+from mobilenets_zoo.optimizing import Convolution, HiddenLayers
+
+
+def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs), seed), seed)
+
+
+def hidden_layers(groups: int, inputs: int = 8, hidden: int = 96, outputs: int = 8, seed: int = 0) -> HiddenLayers:
+    """A made-up bottleneck whose projection reads half of the hidden channels, some of them several times."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    per_group = hidden // 4
+    index = torch.cat([torch.randperm(hidden // 2, generator=generator)[:per_group] * 2 for _ in range(4)])
+    return HiddenLayers(
+        Convolution(draw(hidden, inputs // groups, 1, 1), draw(hidden), groups),
+        Convolution(draw(hidden, 1, 3, 3), draw(hidden), hidden),
+        Convolution(draw(outputs, per_group, 1, 1), draw(outputs), 4, 1, index),
+    )
+
+
+def run(layers: HiddenLayers, x: torch.Tensor) -> torch.Tensor:
+    for convolution in (layers.expansion, layers.depthwise, layers.projection):
+        if convolution.index is not None:
+            x = x[:, convolution.index]
+        padding = convolution.weight.shape[-1] // 2
+        x = F.conv2d(x, convolution.weight, convolution.bias, convolution.stride, padding, groups=convolution.groups)
+    return x
+
+
+def test_fold_batchnorm_is_exact():
+    model = lively("mobilenetv1_w025_cifar100").double()
+    layer = model.blocks[1][0].depthwise
+    folded = optimizing.fold_batchnorm(layer)
+    x = torch.randn(2, 64, 16, 16, dtype=torch.float64)
+    expected = layer.bn.act(F.conv2d(x, folded.weight, folded.bias, folded.stride, 1, groups=folded.groups))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_reading_order_removes_the_gather():
+    layers = hidden_layers(groups=1)
+    rewritten = optimizing.compute_in_reading_order(layers)
+    assert rewritten.projection.index is None
+    assert len(rewritten.expansion.weight) == 96
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(rewritten, x), run(layers, x))
+    grouped = hidden_layers(groups=4)
+    assert optimizing.compute_in_reading_order(grouped) is grouped
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("simd", [1, 16])
+def test_dead_channels_go_and_groups_stay_equal(groups, simd, monkeypatch):
+    monkeypatch.setattr(optimizing, "SIMD_CHANNELS", simd)
+    layers = hidden_layers(groups)
+    rewritten = optimizing.remove_dead_hidden(layers)
+    left = len(rewritten.expansion.weight)
+    alive = torch.bincount(layers.projection.index.unique() // (96 // groups), minlength=groups)
+    assert left == groups * -(-int(alive.max()) // simd) * simd < 96
+    assert rewritten.depthwise.groups == left
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(rewritten, x), run(layers, x))
+
+
+def test_nothing_is_removed_where_everything_is_read():
+    layers = hidden_layers(groups=1)
+    layers.projection.index.copy_(torch.arange(96))
+    assert optimizing.remove_dead_hidden(layers) is layers
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_optimized_network_is_equal(name, dtype, tolerance, memory_format):
+    model = lively(name).to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    network = mz.optimize_for_inference(model)
+    x = torch.randn(4, 3, 32, 32, dtype=dtype).to(memory_format=memory_format)
+    assert mz.check_equivalent(model, network.to(memory_format=memory_format), x, tolerance) <= tolerance
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    if name in LGC_MODELS:
+        again = mz.optimize_for_inference(mz.condense(model))
+        mz.check_equivalent(network, again, x)
+        assert count_macs(network) <= mz.profile(mz.condense(model)).macs
+
+
+def count_macs(network: nn.Module) -> int:
+    macs = network.classifier.weight.numel()
+
+    def count(module, _, output):
+        nonlocal macs
+        macs += output[0].numel() * module.weight[0].numel()
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, optimizing.FoldedConv2d)]
+    weight = network.stem.weight
+    network(torch.zeros(1, 3, 32, 32, dtype=weight.dtype))
+    for hook in hooks:
+        hook.remove()
+    return macs
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
+def test_heads_and_channels_carry_over(name):
+    model = lively(name)
+    other = timm.create_model(name, num_classes=7, in_chans=1, global_pool="max")
+    network = mz.optimize_for_inference(with_random_masks(other))
+    assert network(torch.randn(2, 1, 48, 48)).shape == (2, 7)
+    model.reset_classifier(0)
+    assert mz.optimize_for_inference(model)(torch.randn(2, 3, 32, 32)).shape == (2, model.num_features)
+
+
+def test_an_optimized_network_does_not_train():
+    network = mz.optimize_for_inference(lively("mobilenetv1_w025_cifar100"))
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(RuntimeError, match="for inference"):
+        network.train()
+    assert network.eval() is network
+
+
+def test_unfinished_masks_and_foreign_models_are_refused():
+    with pytest.raises(ValueError, match="can't condense"):
+        mz.optimize_for_inference(timm.create_model("mobilenetv2_lgc_cifar100"))
+    with pytest.raises(TypeError, match="not a network of the zoo"):
+        mz.optimize_for_inference(nn.Linear(3, 3))
