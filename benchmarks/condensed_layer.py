@@ -92,10 +92,16 @@ def measure(threads: int, batch: int, layout: str) -> list[dict[str, object]]:
         rows.append(dict(cell, what=f"{in_channels}-{out_channels} at {size}", **interleaved_medians(forms)))
 
     masked = finish_masks(timm.create_model("mobilenetv2_lgc_cifar100"))
-    networks = {"dense": timm.create_model("mobilenetv2_cifar100").eval(), "condensed": mz.condense(masked)}
+    networks = {
+        "dense": timm.create_model("mobilenetv2_cifar100").eval(),
+        "condensed": mz.condense(masked),
+        "optimized": mz.optimize_for_inference(masked),
+    }
     x = torch.randn(batch, 3, 32, 32).to(memory_format=memory_format)
     forms = {name: partial(net.to(memory_format=memory_format), x) for name, net in networks.items()}
-    rows.append(dict(cell, what="whole network", **interleaved_medians(forms)))
+    times = interleaved_medians(forms)
+    for what in ("condensed", "optimized"):
+        rows.append(dict(cell, what=f"whole network, {what}", dense=times["dense"], condensed=times[what]))
     return rows
 
 
