@@ -2,13 +2,14 @@
 
     python benchmarks/condensed_layer.py [--out benchmarks/results/condensed_layer.json]
 
-Each shape is a layer of mobilenetv2_lgc_cifar100 with a random finished mask. The forms of one shape run in turns,
-so that drift of the machine's speed hits all of them; the medians' ratios to the dense layer are what counts. Whole
-networks are timed likewise. docs/design.md shows the result.
+Each shape is a layer of mobilenetv2_lgc_cifar100 with a random finished mask. The forms of one shape run in turns, in
+changing order, so that drift of the machine's speed and the caches' content hit all of them alike; the medians' ratios
+to the dense layer are what counts. Whole networks are timed likewise. docs/design.md shows the result.
 """
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -63,8 +64,11 @@ def interleaved_medians(forms: dict[str, Callable[[], object]]) -> dict[str, flo
         form()
     rounds = max(7, int(SECONDS_PER_FORM * len(forms) / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in forms}
+    order = list(forms)
     for _ in range(rounds):
-        for name, form in forms.items():
+        random.shuffle(order)  # a form finds the caches as its predecessor leaves them
+        for name in order:
+            form = forms[name]
             start = time.perf_counter()
             form()
             times[name].append(time.perf_counter() - start)
@@ -112,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     args = parser.parse_args(argv)
     torch.manual_seed(0)
+    random.seed(0)
     rows = []
     for threads in args.threads:
         for batch in args.batch:

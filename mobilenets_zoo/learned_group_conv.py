@@ -247,7 +247,7 @@ def condensed_conv2d(
         return F.conv2d(gathered, weight, groups=groups)
     columns = index.reshape(groups, 1, inputs_per_group).expand(-1, weight.shape[0] // groups, -1)
     grouped = weight.reshape(groups, -1, inputs_per_group)
-    dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter(2, columns, grouped)
+    dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter_(2, columns, grouped)
     return F.conv2d(x, dense.reshape(-1, x.shape[1], 1, 1))
 
 

@@ -8,6 +8,8 @@ import functools
 import timm
 import timm.models
 
+import mobilenets_zoo  # noqa: F401 - registers the models
+
 ZOO_MODULES = ["mobilenetv1", "mobilenetv2"]
 
 _list_models = timm.list_models
