@@ -338,6 +338,30 @@ def test_a_redirect_to_other_bytes_is_refused(published, project):
     published.fault = "redirect"
     publish_revision(project, published.revision)
     assert load(published, project, "hub").startswith("error: ")
+    assert load(published, project, "auto") == "bundled"
+
+
+def test_a_full_disk(published, project):
+    """Files may not grow beyond 100,000 bytes, less than the weight has."""
+    publish_revision(project, published.revision)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    for source, expected in (("hub", "can't be downloaded"), ("auto", "bundled")):
+        result = run(published, project, limit + textwrap.dedent(LOAD), MOBILENETS_ZOO_SOURCE=source)
+        assert expected in result.stdout, result.stderr
+
+
+def test_transformers_loads_the_repository(published, project):
+    program = f"""
+        import timm, torch, mobilenets_zoo
+        from transformers import AutoModelForImageClassification
+        x = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
+        wrapped = AutoModelForImageClassification.from_pretrained("{REPO}").eval()
+        model = timm.create_model("{ENTRY.model}", pretrained=True).eval()
+        torch.testing.assert_close(wrapped(x).logits.float(), model(x), rtol=1e-2, atol=1e-2)
+        print("equal")
+    """
+    result = run(published, project, program)
+    assert result.stdout.strip() == "equal", result.stderr
 
 
 def test_offline_with_and_without_cache(published, project):
