@@ -81,8 +81,8 @@ model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 ```
 
 A {(timm.model_entrypoint(entry.model).__doc__ or "").strip().rstrip(".")} ({form}), trained from scratch on CIFAR-100
-by the [mobilenets_zoo](https://huggingface.co/{repo.split("/")[0]}) project. `pip install mobilenets-zoo` brings the
-same weight inside the package: `timm.create_model("{entry.model}", pretrained=True)` needs no download.
+by the [mobilenets_zoo](https://huggingface.co/{repo.split("/")[0]}) project. The package `mobilenets-zoo`
+holds the same weight: with it `timm.create_model("{entry.model}", pretrained=True)` needs no download.
 
 | | |
 | --- | --- |
@@ -117,8 +117,10 @@ maps = trunk(torch.randn(1, 3, 32, 32))  # at 32, 16 and 8 pixels
 ## Fine-tune
 
 ```python
+from timm.optim import create_optimizer_v2
+
 model = timm.create_model("hf-hub:{repo}", pretrained=True, num_classes=10)
-optimizer = timm.optim.create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, layer_decay=0.8)
+optimizer = create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, layer_decay=0.8)
 ```
 {condense if learned else ""}
 ## ONNX
