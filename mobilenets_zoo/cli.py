@@ -136,7 +136,8 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: boo
             console.file.flush()
             print("error: " + " ".join(result["error"].split()), file=sys.stderr, flush=True)
         elif not as_json:
-            table = Table("class", "probability", title=result["image"], title_justify="left")
+            console.print(result["image"], highlight=False, markup=False, soft_wrap=True)
+            table = Table("class", "probability")
             table.columns[1].justify = "right"
             for row in result["predictions"]:
                 table.add_row(row["class"], f"{100 * row['probability']:.1f} %")
