@@ -34,8 +34,8 @@ def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator
 def trivial_augment(images: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
     """Applies one random operation of random strength to each image (TrivialAugment Wide, arXiv 2103.10158, table 1).
 
-    Every operation is computed for the whole batch and each image takes the one that it drew: on a GPU that is faster
-    than going through the images.
+    Every operation is computed for the whole batch and each image takes the one that it drew, so that the number of
+    kernels doesn't grow with the batch.
 
     Args:
         images: uint8, (N, H, W, C).

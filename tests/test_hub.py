@@ -120,7 +120,9 @@ def test_the_folder_holds_three_files_and_loads(folder):
 def test_the_card_says_what_a_visitor_needs(folder):
     card = ModelCard.load(folder / "README.md")
     data = card.data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "mit")
+    front_matter = data.to_dict()
+    expected = {"library_name": "timm", "pipeline_tag": "image-classification", "license": "mit"}
+    assert {key: front_matter[key] for key in expected} == expected
     assert data.datasets == ["uoft-cs/cifar100"]
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert values["Top-1 accuracy (%)"] == ENTRY.top1
