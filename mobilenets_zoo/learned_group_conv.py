@@ -220,7 +220,7 @@ def condensed_conv2d(
     Args:
         x: (N, in_channels, H, W) or (in_channels, H, W).
         weight: (out_channels, K, 1, 1).
-        index: (groups * K,), int64.
+        index: (groups * K,), int64; a group may name an input more than once.
         groups: G.
         gather_min_outputs, gather_min_inputs: in channels_last, gather where the layer has that many outputs, and
             inputs per group; else spread the weight over all inputs.
@@ -247,7 +247,8 @@ def condensed_conv2d(
         return F.conv2d(gathered, weight, groups=groups)
     columns = index.reshape(groups, 1, inputs_per_group).expand(-1, weight.shape[0] // groups, -1)
     grouped = weight.reshape(groups, -1, inputs_per_group)
-    dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter_(2, columns, grouped)
+    # Added up, because a group may name an input twice after rewrites for inference.
+    dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter_add_(2, columns, grouped)
     return F.conv2d(x, dense.reshape(-1, x.shape[1], 1, 1))
 
 

@@ -20,8 +20,14 @@ from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
 
 __all__ = ["OptimizedNetwork", "optimize_for_inference"]
 
-# Hidden groups stay a multiple of this many channels: one 512-bit register of float32 values.
+# Widths that fill a 512-bit register of float32 values: kernels for blocked layouts take multiples of it only.
 SIMD_CHANNELS = 16
+
+# A convolution group with this many channels on its narrow side is worth its own call whatever its width.
+WIDE_GROUP = 32
+
+# A gather of hidden channels pays where this many outputs of a group share it (docs/condensing.md).
+GATHER_MIN_OUTPUTS = 24
 
 # Verification: the largest error relative to the outputs' scale.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -85,6 +91,45 @@ def select_hidden(layers: HiddenLayers, order: torch.Tensor, read: Optional[torc
     )
 
 
+def merge_groups(convolution: Convolution, merge: int) -> Convolution:
+    """Makes one group of every `merge` neighbouring ones; zeros fill what a group didn't read.
+
+    More multiply-adds, but groups that are too narrow for the registers cost more than the zeros do.
+    """
+    weight, groups = convolution.weight, convolution.groups
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    merged = weight.new_zeros(groups // merge, merge, outputs, merge, inputs, *weight.shape[2:])
+    blocks = weight.reshape(groups // merge, merge, outputs, inputs, *weight.shape[2:])
+    for i in range(merge):
+        merged[:, i, :, i] = blocks[:, i]
+    return replace(
+        convolution, weight=merged.reshape(len(weight), merge * inputs, *weight.shape[2:]), groups=groups // merge
+    )
+
+
+def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolution:
+    """Returns a dense convolution without a gather; zeros stand where a group doesn't read an input."""
+    weight, index, groups = convolution.weight, convolution.index, convolution.groups
+    assert weight.shape[2:] == (1, 1)
+    if index is None:
+        return merge_groups(convolution, groups)
+    columns = index.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
+    # Added, not written: a channel shuffle may have made a group read an input more than once.
+    dense = weight.new_zeros(len(weight), in_channels).scatter_add_(1, columns, weight.flatten(1))
+    return replace(convolution, weight=dense[:, :, None, None], groups=1, index=None)
+
+
+def widen_groups(convolution: Convolution, in_channels: int) -> Convolution:
+    """Merges as few groups as give groups that are a multiple of `SIMD_CHANNELS` wide, or `WIDE_GROUP` anyway."""
+    groups = convolution.groups
+    narrow = min(len(convolution.weight) // groups, convolution.weight.shape[1])
+    for merge in range(1, groups):
+        width = narrow * merge
+        if groups % merge == 0 and (width >= WIDE_GROUP or width % SIMD_CHANNELS == 0):
+            return merge_groups(convolution, merge) if merge > 1 else convolution
+    return spread_over_inputs(convolution, in_channels)
+
+
 def compute_in_reading_order(layers: HiddenLayers) -> HiddenLayers:
     """Lets a dense expansion put out hidden channels as the projection reads them: its gather disappears.
 
@@ -118,6 +163,38 @@ def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
     order = (chosen + size * torch.arange(groups, device=index.device)[:, None]).flatten()
     position = torch.full((hidden,), -1, device=index.device).index_put_((order,), torch.arange(len(order)).to(index))
     return select_hidden(layers, order, position[index])
+
+
+def place_gather(layers: HiddenLayers) -> HiddenLayers:
+    """Settles what becomes of the projection's gather.
+
+    Groups with many outputs keep it, unless a dense expansion can put out the same number of channels in the order in
+    which they are read. For the others a dense convolution over the hidden channels that are left is faster.
+    """
+    projection, hidden = layers.projection, len(layers.expansion.weight)
+    if projection.index is None:
+        return replace(layers, projection=widen_groups(projection, hidden))
+    if layers.expansion.groups == 1 and len(projection.index) <= hidden:
+        ordered = compute_in_reading_order(layers)
+        return replace(ordered, projection=widen_groups(ordered.projection, hidden))
+    if len(projection.weight) // projection.groups >= GATHER_MIN_OUTPUTS:
+        return layers
+    return replace(layers, projection=spread_over_inputs(projection, hidden))
+
+
+def absorb_shuffle(layers: HiddenLayers, shuffle_groups: int) -> HiddenLayers:
+    """Turns a channel shuffle of the hidden channels into the order in which the projection reads them."""
+    hidden = len(layers.expansion.weight)
+    read = torch.arange(hidden, device=layers.expansion.weight.device).reshape(shuffle_groups, -1).t().flatten()
+    # The depthwise layer ran behind the shuffle and now runs in front of it.
+    weight, bias = (
+        torch.empty_like(t).index_copy_(0, read, t) for t in (layers.depthwise.weight, layers.depthwise.bias)
+    )
+    return HiddenLayers(
+        layers.expansion,
+        replace(layers.depthwise, weight=weight, bias=bias),
+        replace(layers.projection, index=read),
+    )
 
 
 class FoldedConv2d(nn.Module):
@@ -224,16 +301,18 @@ def _optimize_block(block: nn.Module) -> OptimizedBlock:
         return OptimizedBlock([_folded(block.depthwise), _folded(block.pointwise)], None)
     assert isinstance(block, Bottleneck)
     layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
-    # Not computing dead channels saves more than the gather costs; reading order would compute as many as before.
-    smaller = remove_dead_hidden(layers)
-    layers = compute_in_reading_order(layers) if smaller is layers else smaller
+    if isinstance(block.shuffle_hidden, ChannelShuffle):
+        layers = absorb_shuffle(layers, block.shuffle_hidden.groups)
+    # Which hidden channels can go depends on the expansion's groups, what the gather costs on how many are left.
+    conv = block.expansion.conv
+    assert isinstance(conv, nn.Conv2d | CondensedConv2d)
+    layers = replace(layers, expansion=widen_groups(layers.expansion, conv.in_channels))
+    layers = place_gather(remove_dead_hidden(layers))
     parts: list[nn.Module] = [
         FoldedConv2d(layers.expansion, act=True),
         FoldedConv2d(layers.depthwise, act=True),
         FoldedConv2d(layers.projection, act=False),
     ]
-    if isinstance(block.shuffle_hidden, ChannelShuffle):
-        parts.insert(1, copy.deepcopy(block.shuffle_hidden))
     if isinstance(block.shuffle_out, ChannelShuffle):
         parts.append(copy.deepcopy(block.shuffle_out))
     return OptimizedBlock(parts, copy.deepcopy(block.shortcut) if block.has_shortcut else None)

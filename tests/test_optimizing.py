@@ -1,6 +1,7 @@
 """Exact rewrites for inference: each on its own, then on every model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import mobilenets_zoo as mz
 from mobilenets_zoo import optimizing
+from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 from mobilenets_zoo.optimizing import Convolution, HiddenLayers
 
 
@@ -78,6 +80,69 @@ def test_dead_channels_go_and_groups_stay_equal(groups, simd, monkeypatch):
     torch.testing.assert_close(run(rewritten, x), run(layers, x))
 
 
+@pytest.mark.parametrize("merge", [1, 2, 4])
+def test_merged_groups_compute_the_same(merge):
+    layers = hidden_layers(groups=4)
+    merged = replace(layers, expansion=optimizing.merge_groups(layers.expansion, merge))
+    assert merged.expansion.groups == 4 // merge
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(merged, x), run(layers, x))
+    merged = replace(layers, projection=optimizing.merge_groups(layers.projection, merge))
+    torch.testing.assert_close(run(merged, x), run(layers, x))
+
+
+def test_spreading_needs_no_gather():
+    layers = hidden_layers(groups=1)
+    spread = replace(layers, projection=optimizing.spread_over_inputs(layers.projection, 96))
+    assert spread.projection.index is None
+    assert spread.projection.groups == 1
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(spread, x), run(layers, x))
+
+
+def test_spreading_adds_up_inputs_that_are_read_twice():
+    layers = hidden_layers(groups=1)
+    layers.projection.index[:2] = layers.projection.index[0]
+    spread = replace(layers, projection=optimizing.spread_over_inputs(layers.projection, 96))
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(spread, x), run(layers, x))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups"),
+    [(16, 96, 4), (24, 160, 2), (40, 160, 4), (8, 96, 2), (4, 96, 1), (6, 96, 1)],
+)
+def test_groups_are_widened_just_enough(inputs, outputs, groups):
+    convolution = Convolution(torch.randn(outputs, inputs, 1, 1), torch.randn(outputs), 4)
+    widened = optimizing.widen_groups(convolution, 4 * inputs)
+    assert widened.groups == groups
+    x = torch.randn(1, 4 * inputs, 3, 3)
+    torch.testing.assert_close(
+        F.conv2d(x, widened.weight, groups=groups), F.conv2d(x, convolution.weight, groups=4), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("outputs", [8, 96])
+@pytest.mark.parametrize("expansion_groups", [1, 4])
+def test_the_gather_goes_where_it_does_not_pay(outputs, expansion_groups):
+    layers = optimizing.remove_dead_hidden(hidden_layers(expansion_groups, outputs=outputs))
+    placed = optimizing.place_gather(layers)
+    assert (placed.projection.index is None) == (outputs == 8)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(placed, x), run(layers, x))
+
+
+def test_a_shuffle_becomes_the_reading_order():
+    layers = hidden_layers(groups=4)
+    layers = replace(layers, projection=replace(layers.projection, index=None))
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    expansion, depthwise, projection = layers.expansion, layers.depthwise, layers.projection
+    hidden = ChannelShuffle(4)(F.conv2d(x, expansion.weight, expansion.bias, groups=4))
+    hidden = F.conv2d(hidden, depthwise.weight, depthwise.bias, padding=1, groups=96)
+    expected = F.conv2d(hidden, projection.weight, projection.bias, groups=4)
+    torch.testing.assert_close(run(optimizing.absorb_shuffle(layers, 4), x), expected)
+
+
 def test_nothing_is_removed_where_everything_is_read():
     layers = hidden_layers(groups=1)
     layers.projection.index.copy_(torch.arange(96))
@@ -98,7 +163,7 @@ def test_optimized_network_is_equal(name, dtype, tolerance, memory_format):
     if name in LGC_MODELS:
         again = mz.optimize_for_inference(mz.condense(model))
         mz.check_equivalent(network, again, x)
-        assert count_macs(network) <= mz.profile(mz.condense(model)).macs
+        assert count_macs(network) < mz.profile(model).macs
 
 
 def count_macs(network: nn.Module) -> int:
