@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mobilenets_zoo.condensing import check_equivalent, condense, learned_layers
-from mobilenets_zoo.learned_group_conv import CondensedConv2d, condensed_conv2d
+from mobilenets_zoo.learned_group_conv import CondensedConv2d, condensed_conv2d, gather_channels_last
 from mobilenets_zoo.models._base import ConvBn, MobileNetBase
 from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
@@ -212,10 +212,15 @@ class FoldedConv2d(nn.Module):
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.index is None:
-            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
-        else:
-            x = condensed_conv2d(x, self.weight, self.index, self.groups) + self.bias[:, None, None]
+        if self.index is not None:
+            if torch.compiler.is_compiling():
+                x = x.index_select(1, self.index)
+            elif x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+                x = condensed_conv2d(x, self.weight, self.index, self.groups) + self.bias[:, None, None]
+                return F.relu6(x) if self.act else x
+            else:
+                x = gather_channels_last(x, self.index)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
         return F.relu6(x) if self.act else x
 
 
