@@ -4,9 +4,10 @@ import timm, mobilenets_zoo
 model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
-from mobilenets_zoo import data, files, models, pretrained, profiling
+from mobilenets_zoo import data, exporting, files, models, pretrained, profiling
 from mobilenets_zoo.classes import CIFAR100_CLASSES
 from mobilenets_zoo.condensing import CondenseSchedule, check_equivalent, condense, group_lasso
+from mobilenets_zoo.exporting import OnnxClassifier, export_onnx
 from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
 from mobilenets_zoo.models import MobileNetV1, MobileNetV2
 from mobilenets_zoo.optimizing import optimize_for_inference
@@ -22,11 +23,14 @@ __all__ = [
     "LearnedGroupConv2d",
     "MobileNetV1",
     "MobileNetV2",
+    "OnnxClassifier",
     "Profile",
     "WeightsError",
     "check_equivalent",
     "condense",
     "data",
+    "export_onnx",
+    "exporting",
     "files",
     "group_lasso",
     "manifest",

@@ -1,4 +1,4 @@
-"""The command line: `mobilenets-zoo list | info | predict | evaluate | publish`."""
+"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | publish`."""
 
 import io
 import json
@@ -180,6 +180,52 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
 
 
 @cli.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.onnx")
+@click.option("--condensed", is_flag=True, help="Export the fastest form: condensed and rewritten for inference.")
+@click.option("--with-preprocessing", is_flag=True, help="uint8 images (N, H, W, C) in, probabilities out.")
+@click.option("--int8", is_flag=True, help="Quantise statically; needs --data, shows the accuracy beside fp32.")
+@click.option("--data", help="For --int8: Parquet folder, torchvision root, or uoft-cs/cifar100.")
+def export(name: str, file: Path, condensed: bool, with_preprocessing: bool, int8: bool, data: Optional[str]) -> None:
+    """Write a model with its pretrained weights as one ONNX file, checked against PyTorch."""
+    from mobilenets_zoo.evaluation import evaluate as measure
+
+    if int8 != (data is not None):
+        raise InputError("--int8 and --data go together: calibration needs training images")
+    if file.suffix != ".onnx":
+        raise InputError(f"{file}: the name must end in .onnx")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such folder; create it or choose another file")
+    model = _pretrained(name)
+    network = mz.optimize_for_inference(model, dense=int8) if condensed else model
+    calibration = test = None
+    try:
+        if data is not None:
+            train, test = (mz.data.load_images(data, split) for split in ("train", "test"))
+            _check_classes(model, test)
+            calibration = mz.exporting.calibration_images(train)
+        with progress_bar() as progress:
+            task = progress.add_task(f"export {_full_name(model)}", total=None)
+            mz.export_onnx(network, file, preprocessing=with_preprocessing, calibration_images=calibration)
+            progress.update(task, total=1, completed=1)
+            lines = [f"{file}: {_full_name(model)}, {file.stat().st_size:,} bytes"]
+            if test is not None:
+                task = progress.add_task("accuracy", total=2 * len(test))
+                fp32 = measure(model, test, on_progress=partial(_advance, progress, task))
+                top1 = mz.exporting.onnx_top1(
+                    mz.OnnxClassifier(file), test, partial(_advance, progress, task, offset=len(test))
+                )
+                lines.append(f"top-1 on the {len(test):,} test images: int8 {top1:.2f} %, fp32 {fp32.top1:.2f} %")
+    except ImportError as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}; choose another file") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    click.echo("\n".join(lines))
+
+
+@cli.command()
 @click.argument("name", required=False)
 @click.option("--all", "publish_all", is_flag=True, help="Publish every model that has weights.")
 @click.option("--namespace", default="mobilenets-zoo", show_default=True, help="User or organisation on the Hub.")
@@ -260,8 +306,13 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _advance(progress: Progress, task: TaskID, completed: int) -> None:
-    progress.update(task, completed=completed)
+def _advance(progress: Progress, task: TaskID, completed: int, offset: int = 0) -> None:
+    progress.update(task, completed=offset + completed)
+
+
+def _check_classes(model: Any, images: mz.data.ImageSet) -> None:
+    if len(images.classes) != model.num_classes:
+        raise InputError(f"the data has {len(images.classes)} classes and the model {model.num_classes}")
 
 
 def _console() -> Console:

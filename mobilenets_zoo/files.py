@@ -24,8 +24,9 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
     try:
-        with open(handle, mode, **kwargs) as file:
+        with open(temporary, mode, **kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,8 @@
 """Fixtures and helpers that several test files share."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import mobilenets_zoo as mz
+from mobilenets_zoo import cli
 
 ALL_MODELS = timm.list_models("*_cifar100")
 LGC_MODELS = [name for name in ALL_MODELS if "lgc" in name]
@@ -28,6 +31,21 @@ def cifar100() -> Path:
 def bundled_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests start from the default source, whatever the caller's environment says."""
     monkeypatch.delenv(mz.pretrained.SOURCE_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command in this process and returns (exit code, standard output, standard error)."""
+
+    def run(*arguments, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "argv", ["mobilenets-zoo", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capfd.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
 
 
 def with_lively_statistics(model: nn.Module, seed: int = 0) -> nn.Module:

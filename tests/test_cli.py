@@ -1,6 +1,5 @@
 """The command line, called as users call it."""
 
-import io
 import json
 import subprocess
 import sys
@@ -13,24 +12,9 @@ from conftest import ALL_MODELS, LGC_MODELS
 from PIL import Image
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import cli, pretrained
+from mobilenets_zoo import pretrained
 
 ENTRY = next(iter(pretrained.manifest().values()))
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs a command in this process and returns (exit code, standard output, standard error)."""
-
-    def run(*arguments, stdin: bytes = b""):
-        monkeypatch.setattr(sys, "argv", ["mobilenets-zoo", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capfd.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def one_line_error(err: str) -> str:

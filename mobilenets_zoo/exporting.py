@@ -1,0 +1,281 @@
+"""ONNX files: one self-contained file, dynamic batch, checked against PyTorch before it gets its name; int8 if wanted.
+
+Needs the packages of `pip install 'mobilenets-zoo[onnx]'` and torch 2.6 or newer.
+"""
+
+import copy
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+import mobilenets_zoo
+from mobilenets_zoo.condensing import learned_layers
+from mobilenets_zoo.data import ImageSet
+from mobilenets_zoo.files import atomic_write
+
+__all__ = ["OnnxClassifier", "calibration_images", "export_onnx", "onnx_top1"]
+
+# Largest error relative to the outputs' scale that ONNX Runtime's order of summation may cause.
+TOLERANCE = 1e-4
+CALIBRATION_BATCH = 64
+EVALUATION_BATCH = 250
+
+METADATA_KEYS = ("model", "version", "class_names", "mean", "std", "input_size", "interpolation")
+
+
+class WithPreprocessing(nn.Module):
+    """A classifier from uint8 images (N, H, W, C) to probabilities (N, num_classes)."""
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("offset", 255.0 * torch.tensor(mean)[:, None, None])
+        self.register_buffer("scale", 1.0 / (255.0 * torch.tensor(std)[:, None, None]))
+        self.offset: torch.Tensor
+        self.scale: torch.Tensor
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype)
+        return self.model((pixels - self.offset) * self.scale).softmax(-1)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    preprocessing: bool = False,
+    calibration_images: Optional[np.ndarray] = None,
+    input_size: Optional[tuple[int, int, int]] = None,
+) -> None:
+    """Writes a classifier as one ONNX file with a dynamic batch size.
+
+    The form of the model is kept: a masked learned group convolution becomes a dense one, a condensed one a gather and
+    a grouped convolution. Export what `optimize_for_inference` returns for the fastest file; for int8, what it returns
+    with `dense=True`. The file runs in ONNX Runtime, and its outputs are compared with the model's, before it is
+    renamed to `path`; the model stays as it was.
+
+    Metadata: `class_names`, `mean`, `std`, `input_size` and `interpolation` as JSON, `model`, `version`.
+
+    Args:
+        model: a model of the zoo or any other classifier of images; it is exported in eval mode, in float32.
+        path: the file to write or replace.
+        preprocessing: take uint8 images (N, H, W, C), input "images", and put out probabilities "probabilities";
+            else take normalised float32 images (N, C, H, W), "input", and put out "logits".
+        calibration_images: uint8 (N, H, W, C), a few hundred training images: writes an int8 network (static
+            quantisation, weights per channel). Its outputs are not compared, measure its accuracy.
+        input_size: (channels, height, width); by default the model's own, from its `pretrained_cfg`.
+
+    Raises:
+        ImportError: onnx, onnxruntime or onnxscript is missing, or torch is too old.
+        ValueError: the outputs in ONNX Runtime differ, or the input size isn't known or doesn't fit the images.
+        OSError: the file can't be written.
+    """
+    runtime = _import_runtime()
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    size = input_size or cfg.get("input_size")
+    if size is None:
+        raise ValueError(f"{type(model).__name__} names no input size; pass input_size=(channels, height, width)")
+    channels, height, width = size
+    if calibration_images is not None and calibration_images.shape[1:] != (height, width, channels):
+        raise ValueError(
+            f"calibration_images must be (N, {height}, {width}, {channels}), not {calibration_images.shape}"
+        )
+    mean, std = (_per_channel(cfg.get(key, default), channels) for key, default in (("mean", 0.5), ("std", 0.5)))
+
+    plain = _with_dense_layers(model).float().cpu().eval()
+    network: nn.Module = WithPreprocessing(plain, mean, std) if preprocessing else plain
+    if preprocessing:
+        sample = torch.randint(256, (2, height, width, channels), dtype=torch.uint8)
+    else:
+        sample = torch.randn(2, channels, height, width)
+    content = _onnx_bytes(network, sample, preprocessing)
+    content.metadata_props.extend(_metadata(cfg, size, mean, std))
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
+        data = content.SerializeToString()
+        if calibration_images is not None:
+            feeds = calibration_images if preprocessing else _normalised(calibration_images, mean, std)
+            data = _quantized(data, Path(folder), feeds)
+        file.write(data)
+        file.flush()
+        session = runtime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
+        for batch in (1, 3):
+            inputs = sample[:1].repeat(batch, 1, 1, 1) if preprocessing else torch.randn(batch, channels, height, width)
+            _compare(network, session, inputs, exact=calibration_images is None)
+
+
+class OnnxClassifier:
+    """Runs an exported file as a function of normalised images or, where the file says so, of uint8 ones.
+
+    Args:
+        path: a file that `export_onnx` wrote.
+        threads: of ONNX Runtime, 0 for one per core.
+
+    Attributes:
+        metadata: the file's metadata, JSON values decoded.
+        preprocessing: whether the file takes uint8 images (N, H, W, C).
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0):
+        runtime = _import_runtime()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        stored = self.session.get_modelmeta().custom_metadata_map
+        self.metadata = {key: json.loads(value) for key, value in stored.items() if key in METADATA_KEYS}
+        self.input = self.session.get_inputs()[0]
+        self.preprocessing = self.input.type == "tensor(uint8)"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Returns (N, num_classes): probabilities with preprocessing inside, else logits."""
+        return self.session.run(None, {self.input.name: images})[0]
+
+
+def calibration_images(train: ImageSet, count: int = 512) -> np.ndarray:
+    """Returns training images to calibrate with, uint8 (count, H, W, C), always the same ones."""
+    chosen = np.random.default_rng(0).choice(len(train), min(count, len(train)), replace=False)
+    return train.images[np.sort(chosen)]
+
+
+def onnx_top1(
+    classifier: OnnxClassifier, images: ImageSet, on_progress: Optional[Callable[[int], object]] = None
+) -> float:
+    """Returns the top-1 accuracy of an exported file, in per cent."""
+    correct = 0
+    for i in range(0, len(images), EVALUATION_BATCH):
+        batch = images.images[i : i + EVALUATION_BATCH]
+        if not classifier.preprocessing:
+            batch = _normalised(batch, classifier.metadata["mean"], classifier.metadata["std"])
+        correct += int((classifier(batch).argmax(1) == images.labels[i : i + EVALUATION_BATCH]).sum())
+        if on_progress:
+            on_progress(i + len(batch))
+    return 100.0 * correct / len(images)
+
+
+def _import_runtime() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error.name} is missing; run pip install 'mobilenets-zoo[onnx]'") from error
+    if not hasattr(torch.onnx, "ONNXProgram") or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(f"ONNX export needs torch 2.6 or newer, this is {torch.__version__}")
+    return onnxruntime
+
+
+def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
+    """Returns one value per channel; a grey model's is the mean over the colours."""
+    values = (values,) if isinstance(values, float) else tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _normalised(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    pixels = (images / 255.0 - np.asarray(mean)) / np.asarray(std)
+    return pixels.transpose(0, 3, 1, 2).astype(np.float32)
+
+
+def _with_dense_layers(model: nn.Module) -> nn.Module:
+    """Returns a copy in which masked layers are dense convolutions with zeros where the mask is False."""
+    dense: dict[int, nn.Module] = {}
+    for layer in learned_layers(model).values():
+        conv = nn.Conv2d(layer.in_channels, layer.out_channels, 1, bias=False)
+        conv.weight = nn.Parameter(layer.masked_weight().detach().cpu(), requires_grad=False)
+        dense[id(layer)] = conv
+    return copy.deepcopy(model, memo=dict(dense))
+
+
+def _onnx_bytes(network: nn.Module, sample: torch.Tensor, preprocessing: bool) -> Any:
+    """Returns the network as an onnx.ModelProto."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter reports its steps
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                (sample,),
+                dynamo=True,
+                input_names=["images" if preprocessing else "input"],
+                output_names=["probabilities" if preprocessing else "logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
+                verbose=False,
+            )
+    finally:
+        logging.disable(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _metadata(cfg: dict[str, Any], size: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> list[Any]:
+    import onnx
+
+    name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    values = {
+        "model": name,
+        "version": mobilenets_zoo.__version__,
+        "class_names": cfg.get("label_names"),
+        "mean": mean,
+        "std": std,
+        "input_size": size,
+        "interpolation": cfg.get("interpolation"),
+    }
+    return [onnx.StringStringEntryProto(key=key, value=json.dumps(value)) for key, value in values.items()]
+
+
+def _quantized(data: bytes, folder: Path, feeds: np.ndarray) -> bytes:
+    """Returns the network with int8 convolutions and classifier, quantised statically."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, name: str):
+            self.batches: Iterator[np.ndarray] = iter(
+                feeds[i : i + CALIBRATION_BATCH] for i in range(0, len(feeds), CALIBRATION_BATCH)
+            )
+            self.name = name
+
+        def get_next(self) -> Optional[dict[str, np.ndarray]]:
+            batch = next(self.batches, None)
+            return None if batch is None else {self.name: batch}
+
+    source, folded, result = (folder / f"{name}.onnx" for name in ("source", "folded", "int8"))
+    source.write_bytes(data)
+    quant_pre_process(str(source), str(folded), skip_symbolic_shape=True)  # folds BatchNorm
+    import onnx
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        quantize_static(
+            str(folded),
+            str(result),
+            Reader(onnx.load(str(folded)).graph.input[0].name),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Clip", "GlobalAveragePool", "Gather"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    finally:
+        logging.disable(level)
+    return result.read_bytes()
+
+
+def _compare(network: nn.Module, session: Any, inputs: torch.Tensor, exact: bool) -> None:
+    """Raises ValueError where ONNX Runtime's output isn't the network's."""
+    with torch.no_grad():
+        expected = network(inputs)
+    actual = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+    if actual.shape != expected.shape or not torch.isfinite(actual).all():
+        raise ValueError(f"the exported network gives {tuple(actual.shape)} values that are not those of the model")
+    error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    if exact and not error <= TOLERANCE:
+        raise ValueError(f"the exported network differs by {error:.2g} of the outputs' scale; nothing was written")

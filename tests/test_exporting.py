@@ -1,0 +1,163 @@
+"""ONNX files: equal outputs, metadata, atomic writing, int8, the command."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ALL_MODELS, with_lively_statistics, with_random_masks
+from torch import nn
+
+import mobilenets_zoo as mz
+from mobilenets_zoo import exporting
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+WEIGHTS = "mobilenetv1_w025_cifar100"
+
+
+def lively(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs)))
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_the_deployed_form_runs_in_onnx_runtime(name, tmp_path):
+    model = lively(name)
+    mz.export_onnx(mz.optimize_for_inference(model), tmp_path / "model.onnx")
+    classifier = mz.OnnxClassifier(tmp_path / "model.onnx")
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(x)
+        actual = torch.from_numpy(classifier(x.numpy()))
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("form", ["masked", "condensed"])
+def test_the_form_is_kept(form, tmp_path):
+    model = lively("mobilenetv2_lgc_cifar100")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    mz.export_onnx(mz.condense(model) if form == "condensed" else model.train(), tmp_path / "model.onnx")
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert operators.count("Gather") == (34 if form == "condensed" else 0)
+    assert model.training == (form == "masked")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_preprocessing_inside_is_timms_own(tmp_path):
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    model = timm.create_model(WEIGHTS, pretrained=True).eval()
+    mz.export_onnx(model, tmp_path / "model.onnx", preprocessing=True)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    transform = create_transform(**resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(torch.stack([transform(Image.fromarray(image)) for image in images])).softmax(1)
+    classifier = mz.OnnxClassifier(tmp_path / "model.onnx")
+    assert classifier.preprocessing
+    np.testing.assert_allclose(classifier(images), expected, atol=1e-5)
+
+
+def test_metadata(tmp_path):
+    mz.export_onnx(timm.create_model(WEIGHTS, pretrained=True), tmp_path / "model.onnx")
+    metadata = mz.OnnxClassifier(tmp_path / "model.onnx").metadata
+    assert metadata["class_names"] == list(mz.CIFAR100_CLASSES)
+    assert metadata["input_size"] == [3, 32, 32]
+    assert metadata["model"].startswith(WEIGHTS + ".")
+    assert metadata["version"] == mz.__version__
+    assert len(metadata["mean"]) == len(metadata["std"]) == 3
+
+
+def test_other_heads_channels_and_sizes(tmp_path):
+    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", num_classes=7, in_chans=1))
+    network = mz.optimize_for_inference(model)
+    mz.export_onnx(network, tmp_path / "model.onnx", preprocessing=True, input_size=(1, 48, 40))
+    images = np.zeros((2, 48, 40, 1), dtype=np.uint8)
+    assert mz.OnnxClassifier(tmp_path / "model.onnx")(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("preprocessing", [False, True])
+def test_int8_chain_has_no_gap(preprocessing, tmp_path):
+    torch.manual_seed(0)
+    network = mz.optimize_for_inference(lively("mobilenetv2_lgc_cifar100"), dense=True)
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    mz.export_onnx(network, tmp_path / "int8.onnx", preprocessing=preprocessing, calibration_images=images)
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    producers = {output: node.op_type for node in graph.node for output in node.output}
+    gathered = [producers.get(node.input[0]) for node in graph.node if node.op_type == "Gather"]
+    assert set(gathered) <= {"Shape"}  # the batch size's, not channels
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 57
+    assert all(producers[node.input[i]] == "DequantizeLinear" for node in convolutions for i in (0, 1))
+    mz.export_onnx(network, tmp_path / "fp32.onnx", preprocessing=preprocessing)
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.4 * (tmp_path / "fp32.onnx").stat().st_size
+
+
+def test_a_mismatch_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    original = exporting._onnx_bytes
+
+    def wrong(network, *args):
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.01)
+        try:
+            return original(network, *args)
+        finally:
+            with torch.no_grad():
+                next(network.parameters()).div_(1.01)
+
+    monkeypatch.setattr(exporting, "_onnx_bytes", wrong)
+    with pytest.raises(ValueError, match="differs by"):
+        mz.export_onnx(lively(WEIGHTS), path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="names no input size"):
+        mz.export_onnx(nn.Conv2d(3, 4, 1), "x.onnx")
+    with pytest.raises(ValueError, match=r"must be \(N, 32, 32, 3\)"):
+        mz.export_onnx(lively(WEIGHTS), "x.onnx", calibration_images=np.zeros((4, 28, 28, 3), np.uint8))
+
+
+def test_command_writes_a_file(run, tmp_path):
+    path = tmp_path / "model.onnx"
+    code, out, err = run("export", WEIGHTS, path, "--condensed", "--with-preprocessing")
+    assert code == 0, err
+    assert str(path) in out
+    assert mz.OnnxClassifier(path).preprocessing
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nonsense", "x.onnx"), "there is no model"),
+        ((WEIGHTS, "x.txt"), "must end in .onnx"),
+        ((WEIGHTS, "no/such/folder/x.onnx"), "no such folder; create it"),
+        ((WEIGHTS, "x.onnx", "--int8"), "go together"),
+        ((WEIGHTS, "x.onnx", "--int8", "--data", "no/such"), "no such folder"),
+    ],
+)
+def test_command_says_what_is_wrong(run, args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("export", *args)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.cifar100
+@pytest.mark.parametrize("name", [entry.model for entry in mz.manifest().values()])
+def test_int8_loses_little(run, name, tmp_path, cifar100):
+    code, out, err = run("export", name, tmp_path / "int8.onnx", "--condensed", "--int8", "--data", cifar100)
+    assert code == 0, err
+    words = out.split()
+    int8, fp32 = (float(words[words.index(form) + 1]) for form in ("int8", "fp32"))
+    assert fp32 == pytest.approx(mz.pretrained.default_entry(name).top1, abs=0.05)
+    assert fp32 - 0.5 <= int8 < fp32 + 0.5
