@@ -43,7 +43,7 @@ class WithPreprocessing(nn.Module):
         self.scale: torch.Tensor
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = images.permute(0, 3, 1, 2).to(self.scale.dtype)
+        pixels = images.permute(0, 3, 1, 2).contiguous().to(self.scale.dtype)
         return self.model((pixels - self.offset) * self.scale).softmax(-1)
 
 
