@@ -7,6 +7,7 @@ model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 from mobilenets_zoo import data, exporting, files, models, pretrained, profiling
 from mobilenets_zoo.classes import CIFAR100_CLASSES
 from mobilenets_zoo.condensing import CondenseSchedule, check_equivalent, condense, group_lasso
+from mobilenets_zoo.converting import ConversionReport, to_learned_group_conv
 from mobilenets_zoo.exporting import OnnxClassifier, export_onnx
 from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
 from mobilenets_zoo.models import MobileNetV1, MobileNetV2
@@ -20,6 +21,7 @@ __all__ = [
     "CIFAR100_CLASSES",
     "CondenseSchedule",
     "CondensedConv2d",
+    "ConversionReport",
     "LearnedGroupConv2d",
     "MobileNetV1",
     "MobileNetV2",
@@ -40,4 +42,5 @@ __all__ = [
     "profile",
     "profiling",
     "save_weights",
+    "to_learned_group_conv",
 ]

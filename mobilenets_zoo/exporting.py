@@ -186,8 +186,10 @@ def _with_dense_layers(model: nn.Module) -> nn.Module:
     """Returns a copy in which masked layers are dense convolutions with zeros where the mask is False."""
     dense: dict[int, nn.Module] = {}
     for layer in learned_layers(model).values():
-        conv = nn.Conv2d(layer.in_channels, layer.out_channels, 1, bias=False)
+        conv = nn.Conv2d(layer.in_channels, layer.out_channels, 1, layer.stride, bias=layer.bias is not None)
         conv.weight = nn.Parameter(layer.masked_weight().detach().cpu(), requires_grad=False)
+        if layer.bias is not None:
+            conv.bias = nn.Parameter(layer.bias.detach().cpu(), requires_grad=False)
         dense[id(layer)] = conv
     return copy.deepcopy(model, memo=dict(dense))
 

@@ -18,7 +18,7 @@ __all__ = ["CondensedConv2d", "LearnedGroupConv2d", "condense_weight", "expand_w
 
 
 class LearnedGroupConv2d(nn.Module):
-    """A 1x1 convolution without bias in which each group of outputs learns which inputs it reads.
+    """A 1x1 convolution in which each group of outputs learns which inputs it reads.
 
     The weight stays dense and is multiplied by the mask in `forward`; the mask changes in `prune_` alone.
 
@@ -27,9 +27,12 @@ class LearnedGroupConv2d(nn.Module):
         out_channels: output channels, a multiple of `groups`.
         groups: number of output groups (G), contiguous blocks of output channels.
         condense_factor: a finished group reads in_channels / condense_factor inputs (C).
+        stride: along both axes.
+        bias: whether a bias is added; the zoo's layers have none, BatchNorm follows them.
 
     Attributes:
         weight: (out_channels, in_channels, 1, 1).
+        bias: (out_channels,) or None.
         mask: bool buffer (groups, in_channels), True where the group reads the input.
 
     Raises:
@@ -44,6 +47,9 @@ class LearnedGroupConv2d(nn.Module):
         condense_factor: int = 4,
         device=None,
         dtype=None,
+        *,
+        stride: int = 1,
+        bias: bool = False,
     ):
         super().__init__()
         _check_channels(in_channels, out_channels, groups, condense_factor)
@@ -51,17 +57,23 @@ class LearnedGroupConv2d(nn.Module):
         self.out_channels = out_channels
         self.groups = groups
         self.condense_factor = condense_factor
+        self.stride = stride
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
         self.register_buffer("mask", torch.ones(groups, in_channels, device=device, dtype=torch.bool))
         self.mask: torch.Tensor
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He initialisation by fan-out. Leaves the mask alone."""
+        """He initialisation by fan-out, zero bias. Leaves the mask alone."""
         nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 / self.out_channels))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        text = f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        text += f", stride={self.stride}" if self.stride > 1 else ""
+        return text if self.bias is None else text + ", bias=True"
 
     def masked_weight(self) -> torch.Tensor:
         """Returns the weight, (out_channels, in_channels, 1, 1), with zeros where a group reads no input."""
@@ -70,8 +82,8 @@ class LearnedGroupConv2d(nn.Module):
         return (grouped * mask).reshape(self.out_channels, self.in_channels, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, in_channels, H, W) to (N, out_channels, H, W)."""
-        return F.conv2d(x, self.masked_weight())
+        """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
+        return F.conv2d(x, self.masked_weight(), self.bias, self.stride)
 
     @torch.no_grad()
     def input_importance(self) -> torch.Tensor:
@@ -142,8 +154,12 @@ class LearnedGroupConv2d(nn.Module):
             self.condense_factor,
             device=self.weight.device,
             dtype=self.weight.dtype,
+            stride=self.stride,
+            bias=self.bias is not None,
         )
         layer.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         layer.index = index
         return layer.train(self.training)
 
@@ -158,6 +174,7 @@ class CondensedConv2d(nn.Module):
     Attributes:
         weight: (out_channels, in_channels / condense_factor, 1, 1), as in a grouped `nn.Conv2d`.
         index: int64 buffer (groups * in_channels / condense_factor,), the inputs that each group reads.
+        bias: (out_channels,) or None.
 
     Raises:
         ValueError: channels that don't divide, or a count below 1.
@@ -171,6 +188,9 @@ class CondensedConv2d(nn.Module):
         condense_factor: int = 4,
         device=None,
         dtype=None,
+        *,
+        stride: int = 1,
+        bias: bool = False,
     ):
         super().__init__()
         _check_channels(in_channels, out_channels, groups, condense_factor)
@@ -178,23 +198,32 @@ class CondensedConv2d(nn.Module):
         self.out_channels = out_channels
         self.groups = groups
         self.condense_factor = condense_factor
+        self.stride = stride
         inputs_per_group = in_channels // condense_factor
         self.weight = nn.Parameter(torch.empty(out_channels, inputs_per_group, 1, 1, device=device, dtype=dtype))
         # Until a checkpoint says otherwise, the groups take turns at consecutive inputs.
         self.register_buffer("index", torch.arange(groups * inputs_per_group, device=device) % in_channels)
         self.index: torch.Tensor
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He initialisation by fan-out within a group. Leaves the index alone."""
+        """He initialisation by fan-out within a group, zero bias. Leaves the index alone."""
         nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 * self.groups / self.out_channels))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        text = f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        text += f", stride={self.stride}" if self.stride > 1 else ""
+        return text if self.bias is None else text + ", bias=True"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, in_channels, H, W) to (N, out_channels, H, W)."""
-        return condensed_conv2d(x, self.weight, self.index, self.groups)
+        """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
+        if self.stride > 1:
+            x = x[..., :: self.stride, :: self.stride]
+        x = condensed_conv2d(x, self.weight, self.index, self.groups)
+        return x if self.bias is None else x + self.bias[:, None, None]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         index = state_dict.get(prefix + "index")

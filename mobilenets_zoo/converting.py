@@ -1,0 +1,133 @@
+"""Learned group convolution for a network of your choice."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+
+from mobilenets_zoo.condensing import condense, learned_layers
+from mobilenets_zoo.learned_group_conv import LearnedGroupConv2d
+from mobilenets_zoo.profiling import Profile, profile
+
+__all__ = ["ConversionReport", "to_learned_group_conv"]
+
+# Convolutions that compute what their weight says; other subclasses do something to the weight or the input first.
+PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `to_learned_group_conv` did.
+
+    Attributes:
+        converted: names of the layers that learn their groups now.
+        left: names of the other convolutions, with the reason.
+        before: parameters and MACs of the model as it is.
+        after: parameters and MACs once it is pruned and condensed.
+    """
+
+    converted: tuple[str, ...]
+    left: dict[str, str]
+    before: Profile
+    after: Profile
+
+    def __str__(self) -> str:
+        params = f"{self.before.params:,} -> {self.after.params:,} parameters"
+        macs = f"{self.before.macs:,} -> {self.after.macs:,} MACs"
+        return f"{len(self.converted)} layers converted, {len(self.left)} left; once condensed: {params}, {macs}"
+
+
+def to_learned_group_conv(
+    model: nn.Module,
+    groups: int = 4,
+    condense_factor: int = 4,
+    match: Optional[Callable[[str, nn.Conv2d], bool]] = None,
+    input_size: Optional[tuple[int, int, int]] = None,
+) -> tuple[nn.Module, ConversionReport]:
+    """Replaces a model's 1x1 convolutions by learned group convolutions that start from the same weights.
+
+    Outputs stay equal until a `CondenseSchedule` prunes. Train the result with the schedule, then `condense` it.
+    `model` stays as it was.
+
+    Args:
+        model: any network of `nn.Conv2d` layers, from timm, torchvision or your own.
+        groups: groups of output channels (G).
+        condense_factor: a finished group reads in_channels / condense_factor inputs (C).
+        match: called with the name and the module of each layer that can be converted, True to convert; by default
+            all are.
+        input_size: (channels, height, width) to count MACs at; by default the one in `model.pretrained_cfg`, or
+            (3, 224, 224).
+
+    Returns:
+        The new model, in the mode and on the device of the old one, and a report.
+
+    Raises:
+        ValueError: no layer can be converted or `match` chose none; the message says why.
+    """
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    left: dict[str, str] = {}
+    learned: dict[int, LearnedGroupConv2d] = {}  # by identity, so that a shared layer stays shared
+    converted = []
+    for name, module in convolutions.items():
+        reason = _obstacle(module, groups, condense_factor)
+        if reason is None and match is not None and not match(name, module):
+            reason = "not matched"
+        if reason is not None:
+            left[name] = reason
+            continue
+        learned[id(module)] = _learned(module, groups, condense_factor)
+        converted.append(name)
+    if not converted:
+        reasons = ", ".join(sorted(set(left.values()))[:5]) or "it has no nn.Conv2d"
+        raise ValueError(f"no layer of {type(model).__name__} was converted: {reasons}")
+    # deepcopy takes what the memo holds for an object instead of copying it.
+    result = copy.deepcopy(model, memo=dict(learned))
+
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    size = input_size or tuple(cfg.get("input_size", (3, 224, 224)))
+    finished = copy.deepcopy(result)
+    for layer in learned_layers(finished).values():
+        layer.prune_(layer.in_channels // layer.condense_factor)
+    report = ConversionReport(tuple(converted), left, profile(model, size), profile(condense(finished), size))
+    return result, report
+
+
+def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[str]:
+    """Returns why a convolution can't be converted, None where it can."""
+    if type(module) not in PLAIN_CONVOLUTIONS:
+        return f"a {type(module).__name__} does more than convolve"
+    if module.kernel_size != (1, 1):
+        return "not 1x1: " + "x".join(map(str, module.kernel_size))
+    if module.groups > 1:
+        return f"grouped already: groups={module.groups}"
+    if module.stride[0] != module.stride[1]:
+        return f"stride {module.stride} differs between the axes"
+    if module.padding not in (0, (0, 0), "valid", "same"):
+        return f"padding {module.padding}"
+    if module.in_channels % condense_factor:
+        return f"in_channels {module.in_channels} isn't a multiple of {condense_factor}"
+    if module.out_channels % groups:
+        return f"out_channels {module.out_channels} isn't a multiple of {groups}"
+    return None
+
+
+def _learned(module: nn.Conv2d, groups: int, condense_factor: int) -> LearnedGroupConv2d:
+    weight, bias = module.weight, module.bias
+    layer = LearnedGroupConv2d(
+        module.in_channels,
+        module.out_channels,
+        groups,
+        condense_factor,
+        device=weight.device,
+        dtype=weight.dtype,
+        stride=module.stride[0],
+        bias=bias is not None,
+    )
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return layer.train(module.training)

@@ -1,0 +1,75 @@
+"""The latency benchmark: its forms, its cells and what it writes."""
+
+import json
+
+import latency
+import pytest
+import timm
+import torch
+from conftest import with_random_masks
+from rich.progress import Progress
+from torch import nn
+
+import mobilenets_zoo as mz
+
+
+def test_textbook_form_does_the_condensed_work():
+    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100")).eval()
+    textbook, condensed = latency.textbook(model), mz.condense(model)
+    assert mz.profile(textbook) == mz.profile(condensed)
+    assert sum(isinstance(module, latency.Textbook) for module in textbook.modules()) == 34
+    assert not any(isinstance(module, mz.CondensedConv2d) for module in textbook.modules())
+
+
+def test_cifar_mobilenet_v2_has_the_usual_cost():
+    assert round(mz.profile(latency.cifar_mobilenet_v2()).macs / 1e6) == 88
+
+
+def test_forms_and_weights_are_named():
+    entries = latency.build_forms(["mobilenetv2_lgc_proj_cifar100", "mobilenetv1_w025_cifar100"], peers=False)
+    forms = [(entry["model"], entry["form"]) for entry in entries]
+    learned, dense = "mobilenetv2_lgc_proj_cifar100", "mobilenetv1_w025_cifar100"
+    assert forms == [
+        *((learned, form) for form in ("plain", "textbook", "condensed", "optimized")),
+        *((dense, form) for form in ("plain", "optimized")),
+    ]
+    assert entries[-1]["weights"] == mz.pretrained.default_entry(dense).tag
+    assert entries[2]["macs"] == mz.profiling.deployed_profiles()[learned].macs
+
+
+def test_forms_take_turns():
+    calls: list[int] = []
+    times = latency.interleaved([lambda i=i: calls.append(i) for i in range(3)], seconds=0.0)
+    assert [len(values) for values in times] == [latency.MIN_ROUNDS] * 3
+    timed = calls[6:]
+    assert all(sorted(timed[i : i + 3]) == [0, 1, 2] for i in range(0, len(timed), 3))
+
+
+def test_summary_is_per_image():
+    values = latency.summary([0.008 * (i + 1) for i in range(11)], batch=8)
+    assert values == {"ms": 6.0, "p10": pytest.approx(1.2, abs=0.1), "p90": pytest.approx(10.8, abs=0.1)}
+
+
+def test_run_writes_one_document(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(latency, "BATCHES", {"onnxruntime": (1, 2), "openvino": (1,), "eager": (1,)})
+    monkeypatch.setattr(latency, "PEERS", {"peer": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())})
+    out = tmp_path / "latency.json"
+    runtimes = ["onnxruntime", "eager"]
+    arguments = ["--models", "mobilenetv1_w025_cifar100", "--seconds", "0", "--out", str(out), "--runtimes", *runtimes]
+    assert latency.main(arguments) == 0
+    document = json.loads(out.read_text())
+    assert {row["runtime"] for row in document["rows"]} == set(runtimes)
+    assert len(document["files"]) == 6  # plain, optimized and the peer, in fp32 and int8
+    assert all(file["bytes"] > 0 and file["peak_mib"] >= 0 for file in document["files"])
+    assert all(row["p10"] <= row["ms"] <= row["p90"] for row in document["rows"])
+
+
+def test_eager_keeps_the_thread_count_it_promises():
+    entries = [dict(model="m", form="plain", network=nn.Conv2d(3, 4, 1))]
+    with Progress(disable=True) as progress:
+        rows = latency.time_eager(entries, 0.0, progress)
+    assert {(row["threads"], row["layout"]) for row in rows} == {
+        (threads, layout) for threads in latency.THREADS for layout in ("NCHW", "channels_last")
+    }
+    assert torch.get_num_threads() == latency.THREADS[0]
