@@ -8,13 +8,14 @@ from torch.nn import functional as F
 __all__ = ["crop_and_flip", "erase", "resize", "trivial_augment"]
 
 
-def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
+def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator, flip: bool = True) -> torch.Tensor:
     """Crops each image at a random place out of its zero-padded self and mirrors half of them.
 
     Args:
         images: uint8, (N, H, W, C).
         padding: pixels added on each side before the crop.
         generator: on the images' device.
+        flip: whether to mirror.
 
     Returns:
         uint8, (N, H, W, C).
@@ -27,7 +28,7 @@ def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator
     mirror = torch.rand((n, 1), generator=generator, device=device) < 0.5
     rows = top + torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
-    columns = left + torch.where(mirror, width - 1 - columns, columns)
+    columns = left + torch.where(mirror & flip, width - 1 - columns, columns)
     return padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

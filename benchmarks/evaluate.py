@@ -104,10 +104,14 @@ def bundle(recipe: Recipe, recipe_path: Path, run: Path, result: dict[str, Any])
         raise ValueError(f"{key} is in the manifest with another weight; a new training needs a new tag")
 
     result_file = ROOT / "benchmarks" / "results" / f"{name}.json"
-    for target, source in (
+    logs = ROOT / "benchmarks" / "logs"
+    copies = [
         (WEIGHTS_DIR / f"{name}.safetensors", run / "model.safetensors"),
-        (ROOT / "benchmarks" / "logs" / f"{name}.csv", run / "log.csv"),
-    ):
+        (logs / f"{name}.csv", run / "log.csv"),
+    ]
+    if (run / "masks.json").exists():
+        copies.append((logs / f"{name}.masks.json", run / "masks.json"))
+    for target, source in copies:
         target.parent.mkdir(parents=True, exist_ok=True)
         with mz.files.atomic_write(target) as file, open(source, "rb") as content:
             shutil.copyfileobj(content, file)

@@ -80,7 +80,7 @@ def evaluate(
         raise ValueError(f"the model has {logits.shape[1]} classes, the data has {len(data.classes)}")
 
     correct = logits.argmax(1) == labels
-    top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+    top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
     confidence = logits.softmax(1).max(1).values
     bins = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
     gaps = torch.zeros(ECE_BINS).index_add_(0, bins, confidence - correct.float())
