@@ -11,13 +11,16 @@ what counts are ratios within a cell. Forms:
 - condensed: what mz.condense makes, without the shuffle;
 - optimized: what mz.optimize_for_inference makes (int8: with dense=True).
 
+"gc without shuffles" is mobilenetv2_gc_cifar100 as it would be if groups needed no mixing at all: what grouped
+convolutions alone can give, the limit for every learned form that is as small.
+
 Models without weights get random weights and random finished masks, "weights" says which. Peers have random weights.
 """
 
 import argparse
+import copy
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +51,22 @@ BATCHES = {"onnxruntime": (1, 4, 8, 64), "openvino": (1, 64), "eager": (1, 8)}
 MIN_ROUNDS = 5
 CALIBRATION_IMAGES = 64
 
+# Prints the MiB by which a session and a run on one image raise a bare process's peak memory. Linux only; getrusage
+# would count the parent's memory, which a child inherits until it executes another program.
+PEAK_MEMORY = """
+import sys
+import numpy, onnxruntime
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+before = peak()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 3
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+session.run(None, {session.get_inputs()[0].name: numpy.zeros((1, 3, 32, 32), numpy.float32)})
+print(peak() - before)
+"""
+
 
 class Textbook(nn.Module):
     """A condensed layer as in CondenseNet: output groups are interleaved and shuffled into place."""
@@ -74,6 +93,15 @@ def textbook(model: nn.Module) -> nn.Module:
             if isinstance(child, CondensedConv2d):
                 setattr(module, name, Textbook(child))
     return condensed.eval()
+
+
+def without_shuffles(model: nn.Module) -> nn.Module:
+    result = copy.deepcopy(model)
+    for module in list(result.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ChannelShuffle):
+                setattr(module, name, nn.Identity())
+    return result
 
 
 def zoo_model(name: str) -> tuple[nn.Module, str]:
@@ -124,6 +152,10 @@ def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
             add(name, "textbook", weights, textbook(model), None)
             add(name, "condensed", weights, mz.condense(model).eval(), None)
         add(name, "optimized", weights, mz.optimize_for_inference(model), mz.optimize_for_inference(model, dense=True))
+        if name == "mobilenetv2_gc_cifar100":
+            ceiling = without_shuffles(model)
+            add("gc without shuffles", "plain", weights, ceiling, ceiling)
+            add("gc without shuffles", "optimized", weights, mz.optimize_for_inference(ceiling), None)
     for name, create in PEERS.items() if peers else ():
         torch.manual_seed(0)
         peer = create().eval()
@@ -144,21 +176,12 @@ def export_all(entries: list[dict[str, Any]], folder: Path, progress: Progress) 
             # Random calibration images: the values of activations don't change an int8 network's speed.
             calibration = images if precision == "int8" else None
             mz.export_onnx(network, path, input_size=(3, 32, 32), calibration_images=calibration)
-            peak = subprocess.run(
-                [sys.executable, __file__, "--peak-memory", str(path)], capture_output=True, text=True, check=True
-            )
+            command = [sys.executable, "-c", PEAK_MEMORY, str(path)]
+            peak = subprocess.run(command, capture_output=True, text=True, check=True)
             row = {key: entry[key] for key in ("model", "form", "weights", "params", "macs")}
             row |= dict(precision=precision, bytes=path.stat().st_size, peak_mib=float(peak.stdout))
             files.append(dict(row, path=path))
     return files
-
-
-def peak_memory(path: str) -> float:
-    """Returns the MiB by which a session and a run on one image raise this process's peak memory."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    session = ort_session(Path(path), 1)
-    session.run(None, {session.get_inputs()[0].name: np.zeros((1, 3, 32, 32), np.float32)})
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def ort_session(path: Path, threads: int) -> Any:
@@ -272,11 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runtimes", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--seconds", type=float, default=0.4, help="time per form and cell")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.peak_memory:
-        print(peak_memory(args.peak_memory))
-        return 0
     torch.manual_seed(0)
     random.seed(0)
     torch.set_num_threads(THREADS[0])
@@ -285,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import openvino
 
-        versions["openvino"] = openvino.__version__
+        versions["openvino"] = openvino.__version__.partition("-")[0]
     except ImportError:
         runtimes = [runtime for runtime in runtimes if runtime != "openvino"]
 

@@ -1,9 +1,9 @@
-"""Writes every generated table; with --check fails, and writes nothing, where one is stale.
+"""Writes every generated table and picture; with --check fails, and writes nothing, where one is stale.
 
     python benchmarks/tables.py [--check]
 
 Sources are the registered models, mobilenets_zoo/weights/manifest.json and benchmarks/results/. A table in a Markdown
-file stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+file stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; pictures are drawn by benchmarks/figures.py.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from figures import all_figures
 
 import mobilenets_zoo as mz
 
@@ -110,6 +111,107 @@ def condensed_layer_table() -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
+def load_latency() -> dict[str, Any]:
+    return json.loads((RESULTS / "latency.json").read_text())
+
+
+# The dense network that ratios refer to.
+REFERENCE = ("mobilenetv2_cifar100", "plain")
+
+
+def milliseconds(document: dict[str, Any], **wanted: Any) -> float | None:
+    rows = [row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items())]
+    return rows[0]["ms"] if rows else None
+
+
+def latency_source(document: dict[str, Any]) -> str:
+    env = document["environment"]
+    versions = ", ".join(f"{key} {env[key]}" for key in ("onnxruntime", "openvino", "torch") if key in env)
+    return f"Measured on {env['device']}, {versions}; medians of interleaved runs."
+
+
+def ratio_rows(
+    document: dict[str, Any], cells: list[dict[str, Any]], batches: tuple[int, ...] = (), **common: Any
+) -> list[list[str]]:
+    """Returns a row per model and form: the reference's time over its own, per cell and at the best of `batches`."""
+
+    def times(model: str, form: str) -> list[float | None]:
+        found = [milliseconds(document, model=model, form=form, **common, **cell) for cell in cells]
+        if not batches:
+            return found
+        per_batch = [milliseconds(document, model=model, form=form, threads=1, batch=b, **common) for b in batches]
+        return [*found, min((time for time in per_batch if time), default=None)]
+
+    reference = times(*REFERENCE)
+    rows = []
+    for model, form in dict.fromkeys((row["model"], row["form"]) for row in document["rows"]):
+        pairs = zip(reference, times(model, form), strict=True)
+        texts = [f"{base / time:.2f}" if base and time else "-" for base, time in pairs]
+        if set(texts) != {"-"}:
+            rows.append([f"`{model}`" if "cifar100" in model else model, form, *texts])
+    return rows
+
+
+ORT_CELLS = [dict(threads=1, batch=1), dict(threads=2, batch=1), dict(threads=1, batch=64), dict(threads=2, batch=64)]
+ORT_HEADER = ["1 thread, batch 1", "2 threads, batch 1", "1 thread, batch 64", "2 threads, batch 64", "best batch"]
+
+
+def latency_table(precision: str) -> str:
+    document = load_latency()
+    rows = ratio_rows(document, ORT_CELLS, (1, 4, 8, 64), runtime="onnxruntime", precision=precision)
+    reference = milliseconds(
+        document, model=REFERENCE[0], form=REFERENCE[1], runtime="onnxruntime", precision=precision, threads=1, batch=1
+    )
+    assert reference is not None
+    note = f"1.00 is {reference:.2f} ms per image at batch 1 on 1 thread. {latency_source(document)}"
+    return f"{markdown(['model', 'form', *ORT_HEADER], rows)}\n\n{note}"
+
+
+def eager_table() -> str:
+    document = load_latency()
+    cells = [dict(threads=1, batch=b, layout=layout) for b in (1, 8) for layout in ("NCHW", "channels_last")]
+    header = ["model", "form", *(f"{cell['layout']}, batch {cell['batch']}" for cell in cells)]
+    rows = ratio_rows(document, cells, runtime="eager")
+    return f"{markdown(header, rows)}\n\n{latency_source(document)}"
+
+
+def openvino_table() -> str:
+    document = load_latency()
+    rows = ratio_rows(document, ORT_CELLS, runtime="openvino")
+    return f"{markdown(['model', 'form', *ORT_HEADER[:-1]], rows)}\n\n{latency_source(document)}"
+
+
+def files_table() -> str:
+    rows = []
+    for file in load_latency()["files"]:
+        if file["form"] in ("plain", "optimized"):
+            macs = f"{file['macs'] / 1e6:.1f}" if file["macs"] else "-"
+            size = [f"{file['bytes'] / 1e6:.2f}", f"{file['peak_mib']:.0f}"]
+            name = f"`{file['model']}`" if "cifar100" in file["model"] else file["model"]
+            rows.append([name, file["form"], file["precision"], macs, *size])
+    return markdown(["model", "form", "precision", "MACs (M)", "file (MB)", "peak memory (MiB)"], rows)
+
+
+def finetune_table() -> str:
+    document = json.loads((RESULTS / "finetune.json").read_text())
+    groups: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    for row in document["rows"]:
+        cell = groups.setdefault((row["model"], row["data"], row["epochs"]), {})
+        cell.setdefault(row["method"], []).append(row["evaluation"]["top1"])
+    methods = list(dict.fromkeys(row["method"] for row in document["rows"]))
+    rows = [
+        [f"`{model}`", data, str(epochs), *(_mean_and_range(cell[method]) for method in methods)]
+        for (model, data, epochs), cell in groups.items()
+    ]
+    env, seeds = document["environment"], len({row["seed"] for row in document["rows"]})
+    source = f"Test top-1 in %, mean of {seeds} seeds (lowest to highest), last epoch, on {env['device']}."
+    return f"{markdown(['model', 'data', 'epochs', *methods], rows)}\n\n{source}"
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
@@ -132,6 +234,14 @@ def generated() -> dict[Path, str]:
     with_table(ROOT / "docs" / "models.md", "models", models_table(costs), texts)
     with_table(ROOT / "docs" / "models.md", "weights", weights_table(), texts)
     with_table(ROOT / "docs" / "design.md", "condensed-layer", condensed_layer_table(), texts)
+    if (RESULTS / "latency.json").exists():
+        condensing = ROOT / "docs" / "condensing.md"
+        for precision in ("fp32", "int8"):
+            with_table(condensing, f"latency-{precision}", latency_table(precision), texts)
+        with_table(condensing, "latency-eager", eager_table(), texts)
+        with_table(condensing, "latency-openvino", openvino_table(), texts)
+        with_table(condensing, "files", files_table(), texts)
+    with_table(ROOT / "docs" / "finetuning.md", "finetune", finetune_table(), texts)
     return texts
 
 
@@ -146,6 +256,13 @@ def main(argv: list[str] | None = None) -> int:
             if not args.check:
                 with mz.files.atomic_write(path, "w", encoding="utf-8") as file:
                     file.write(text)
+    for figure in all_figures(ORIGINAL_TOP1):
+        if not figure.is_current():
+            stale.append(str(figure.path.relative_to(ROOT)))
+            if not args.check:
+                figure.path.parent.mkdir(exist_ok=True)
+                with mz.files.atomic_write(figure.path, "w", encoding="utf-8") as file:
+                    file.write(figure.svg())
     if args.check and stale:
         print(f"stale: {', '.join(stale)}; run python benchmarks/tables.py", file=sys.stderr)
         return 1

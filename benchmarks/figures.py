@@ -1,0 +1,226 @@
+"""Draws the pictures in docs/figures/ from files in the repository. Run by benchmarks/tables.py.
+
+A picture's SVG names the digest of what it shows and of this file; tables.py --check compares digests, so it needs no
+matplotlib and doesn't depend on its version.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+import mobilenets_zoo as mz
+
+__all__ = ["Figure", "all_figures"]
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "benchmarks" / "logs"
+LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
+
+OURS, ORIGINAL, PEERS = "#1f6fb4", "#7f7f7f", "#d9742b"
+
+# Published CIFAR-100 top-1 without extra data: name, millions of MACs, top-1. A dagger marks a checkpoint that was
+# chosen on the test set.
+PUBLISHED = (
+    ("ShuffleNetV2 x0.5†", 11, 67.82),
+    ("MobileNetV2 x0.5†", 28, 70.88),
+    ("CondenseNetV2-110", 41, 76.06),
+    ("CondenseNet-86", 66, 76.36),
+    ("MobileNetV2 x1.0 (CIFAR)", 88, 73.76),
+    ("ResNet-56", 127, 75.12),
+    ("MobileNetV2 x1.4†", 170, 75.98),
+    ("PreResNet-164", 255, 79.82),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture.
+
+    Attributes:
+        name: file name in docs/figures, without suffix.
+        data: what it shows, as it goes into the digest.
+        draw: draws `data` into a matplotlib figure.
+    """
+
+    name: str
+    data: Any
+    draw: Callable[[Any, Any], None]
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "docs" / "figures" / f"{self.name}.svg"
+
+    def digest(self) -> str:
+        content = json.dumps(self.data, sort_keys=True).encode() + Path(__file__).read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def is_current(self) -> bool:
+        return self.path.exists() and f"digest {self.digest()}" in self.path.read_text(encoding="utf-8")
+
+    def svg(self) -> str:
+        import matplotlib
+
+        matplotlib.use("svg")
+        from matplotlib import pyplot
+
+        settings = {"svg.hashsalt": self.name, "svg.fonttype": "path", "font.size": 10, "axes.grid": True}
+        settings |= {"grid.color": "#e5e5e5", "axes.axisbelow": True, "axes.spines.top": False}
+        with matplotlib.rc_context({**settings, "axes.spines.right": False}):
+            figure = pyplot.figure(figsize=(7.0, 4.4), layout="constrained", facecolor="white")
+            self.draw(figure, self.data)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+            pyplot.close(figure)
+        # Behind the XML declaration, where a comment may stand.
+        head, _, body = buffer.getvalue().partition("\n")
+        return f"{head}\n<!-- digest {self.digest()} -->\n{body}"
+
+
+def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
+    axes = figure.add_subplot()
+    for name, macs, top1 in data["published"]:
+        axes.plot(macs, top1, "s", color=PEERS, markersize=5)
+        axes.annotate(name, (macs, top1), (4, 4), textcoords="offset points", fontsize=7, color=PEERS)
+    for label, color, marker, points in (
+        ("original, same parameters and MACs", ORIGINAL, "o", data["original"]),
+        ("this zoo", OURS, "D", data["zoo"]),
+    ):
+        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label, markersize=6)
+    for name, macs, top1 in data["zoo"]:
+        axes.annotate(name, (macs, top1), (5, -10), textcoords="offset points", fontsize=8, color=OURS)
+    axes.plot([], [], "s", color=PEERS, label="published by others")
+    axes.set(xscale="log", xlabel="MACs (millions, log scale)", ylabel="CIFAR-100 top-1 (%)")
+    axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
+    axes = figure.add_subplot()
+    for label, color, marker, points in (
+        ("this zoo", OURS, "D", data["zoo"]),
+        ("MobileNetV2 as usual for CIFAR, published top-1", PEERS, "s", data["peers"]),
+    ):
+        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label)
+        for name, milliseconds, top1 in points:
+            axes.annotate(name, (milliseconds, top1), (6, -3), textcoords="offset points", fontsize=8, color=color)
+    frontier: list[tuple[float, float]] = []
+    for _, milliseconds, top1 in sorted(data["zoo"] + data["peers"], key=lambda point: point[1]):
+        if not frontier or top1 > frontier[-1][1]:
+            frontier.append((milliseconds, top1))
+    axes.step(*zip(*frontier, strict=True), where="post", color="#444444", linewidth=1, label="frontier")
+    axes.set(xlabel="milliseconds per image, batch 1, 1 thread", ylabel="CIFAR-100 top-1 (%)", xlim=(0, None))
+    axes.margins(x=0.35, y=0.2)
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def draw_training_curves(figure: Any, data: Any) -> None:
+    loss, top1 = figure.subplots(1, 2)
+    for name, rows in data.items():
+        epochs = [row["epoch"] for row in rows]
+        loss.plot(epochs, [row["train_loss"] for row in rows], label=name)
+        top1.plot(epochs, [row["train_top1"] for row in rows], label=name)
+    loss.set(xlabel="epoch", ylabel="training loss")
+    top1.set(xlabel="epoch", ylabel="training top-1 (%)")
+    loss.legend(fontsize=7)
+
+
+def draw_hoyer(figure: Any, data: Any) -> None:
+    figure.set_size_inches(7.0, 6.4)
+    panels = figure.subplots(1, len(data["stages"]), sharey=True)
+    panels = list(panels) if len(data["stages"]) > 1 else [panels]
+    for axes, stage in zip(panels, data["stages"], strict=True):
+        image = axes.imshow(stage["hoyer"], aspect="auto", vmin=0, vmax=data["max"], cmap="viridis")
+        axes.grid(False)
+        axes.set_title(f"before stage {stage['number']}\n{100 * stage['progress']:.0f} % of training", fontsize=9)
+        axes.set_xticks(range(len(stage["hoyer"][0])))
+        axes.set_xlabel("group")
+    panels[0].set_yticks(range(len(data["layers"])), data["layers"], fontsize=6)
+    figure.colorbar(image, ax=panels, label="Hoyer index of the inputs' importance", shrink=0.6)
+
+
+def draw_mask(figure: Any, data: Any) -> None:
+    figure.set_size_inches(7.0, 1.1 + 1.1 * len(data))
+    for axes, (name, mask) in zip(figure.subplots(len(data), 1), data.items(), strict=True):
+        axes.imshow(mask, aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
+        axes.grid(False)
+        axes.set_yticks(range(len(mask)))
+        axes.set_ylabel("group", fontsize=8)
+        axes.set_title(f"{name}: each group reads {sum(mask[0])} of {len(mask[0])} inputs", fontsize=8)
+    axes.set_xlabel("input channel")
+
+
+def latency_of(document: Any, model: str, form: str) -> float:
+    """Returns milliseconds per image in ONNX Runtime, fp32, one thread, batch 1."""
+    wanted = dict(model=model, form=form, runtime="onnxruntime", precision="fp32", threads=1, batch=1)
+    (row,) = (row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items()))
+    return row["ms"]
+
+
+def short(name: str) -> str:
+    return name.removeprefix("mobile").removesuffix("_cifar100")
+
+
+def all_figures(original_top1: dict[str, float]) -> list[Figure]:
+    """Returns every picture that the files in the repository allow."""
+    weights = {entry.model: entry for entry in mz.manifest().values()}
+    costs = mz.profiling.deployed_profiles()
+    macs = {
+        "published": PUBLISHED,
+        "original": [[name, costs[name].macs / 1e6, top1] for name, top1 in original_top1.items()],
+        "zoo": [[short(name), costs[name].macs / 1e6, entry.top1] for name, entry in weights.items()],
+    }
+    figures = [Figure("accuracy_macs", macs, draw_accuracy_against_macs)]
+    if LATENCY.exists():
+        document = json.loads(LATENCY.read_text())
+        peer = latency_of(document, "CIFAR MobileNetV2, stem stride 1", "plain")
+        peer_top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
+        against = {
+            "zoo": [[short(n), latency_of(document, n, "optimized"), entry.top1] for n, entry in weights.items()],
+            "peers": [["MobileNetV2", peer, peer_top1]],
+        }
+        figures.append(Figure("accuracy_latency", against, draw_accuracy_against_latency))
+
+    curves = {}
+    for name in weights:
+        with open(LOGS / f"{name}.csv", newline="") as file:
+            columns = ("epoch", "train_loss", "train_top1")
+            curves[short(name)] = [{key: float(row[key]) for key in columns} for row in csv.DictReader(file)]
+    figures.append(Figure("training_curves", curves, draw_training_curves))
+
+    for name, entry in weights.items():
+        log = LOGS / f"{name}.masks.json"
+        if log.exists():
+            figures.append(Figure(f"hoyer_{short(name)}", hoyer(json.loads(log.read_text())), draw_hoyer))
+            figures.append(Figure(f"mask_{short(name)}", masks(mz.pretrained.WEIGHTS_DIR / entry.file), draw_mask))
+    return figures
+
+
+def hoyer(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    layers = list(stages[0]["hoyer_before"])
+    tables = [[[round(value, 4) for value in stage["hoyer_before"][layer]] for layer in layers] for stage in stages]
+    return {
+        "layers": [layer.removeprefix("blocks.").removesuffix(".conv") for layer in layers],
+        "max": max(value for table in tables for row in table for value in row),
+        "stages": [
+            {"number": number, "progress": round(stage["progress"], 3), "hoyer": table}
+            for number, (stage, table) in enumerate(zip(stages, tables, strict=True), 1)
+        ],
+    }
+
+
+def masks(file: Path, layers: tuple[str, ...] = ("3.1.expansion", "3.1.projection", "5.1.expansion")) -> dict[str, Any]:
+    """Returns which inputs each group reads, for a few layers of a weight file."""
+    state = load_file(file)
+    result = {}
+    for layer in layers:
+        index = state[f"blocks.{layer}.conv.index"].reshape(4, -1)
+        inputs = index.shape[1] * 4
+        result[f"blocks.{layer}"] = [[int(channel in set(row.tolist())) for channel in range(inputs)] for row in index]
+    return result
