@@ -1,6 +1,7 @@
 """The code that README and model cards show runs as shown."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,49 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_readme_code_runs():
-    blocks = python_blocks((ROOT / "README.md").read_text())
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """Returns (language, code) of a document's fenced blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in DOCUMENTS if re.search("^```(python|console)", path.read_text(), re.M)],
+    ids=lambda p: p.name,
+)
+def test_code_runs_as_shown(path, run, tmp_path, monkeypatch):
+    """A document's Python blocks run in one session; commands of ours run in between, where they stand."""
+    pytest.importorskip("onnxscript")
+    Image.new("RGB", (50, 40), "green").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": path.stem}
+    ran = 0
+    for language, code in blocks(path):
+        if language == "python":
+            exec(compile(code, path.name, "exec"), names)
+            ran += 1
+        elif language == "console":
+            for line in code.splitlines():
+                assert line.startswith(("mobilenets-zoo ", "pip install ", "python benchmarks/", "python -m pytest"))
+                if line.startswith("mobilenets-zoo "):
+                    code_, _, err = run(*shlex.split(line)[1:])
+                    assert code_ == 0, err
+                    ran += 1
+                if line.startswith("python benchmarks/"):
+                    assert (ROOT / shlex.split(line)[1]).is_file()
+                    assert all((ROOT / word).is_file() for word in shlex.split(line) if word.endswith(".toml"))
+                    ran += 1
+    assert ran or path.name == "contributing.md"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_and_images_exist(path):
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("entry", pretrained.manifest().values(), ids=lambda entry: entry.name)
