@@ -96,10 +96,10 @@ def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label, markersize=6)
     for name, macs, top1 in data["zoo"]:
         axes.annotate(name, (macs, top1), (5, -10), textcoords="offset points", fontsize=8, color=OURS)
-    axes.plot([], [], "s", color=PEERS, label="published by others")
+    axes.plot([], [], "s", color=PEERS, label="published by others († best epoch on the test set)")
     axes.set(xscale="log", xlabel="MACs (millions, log scale)", ylabel="CIFAR-100 top-1 (%)")
     axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
 
 
 def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
@@ -110,15 +110,17 @@ def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
     ):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label)
         for name, milliseconds, top1 in points:
-            axes.annotate(name, (milliseconds, top1), (6, -3), textcoords="offset points", fontsize=8, color=color)
+            axes.annotate(
+                name, (milliseconds, top1), (0, 8), textcoords="offset points", fontsize=8, color=color, ha="center"
+            )
     frontier: list[tuple[float, float]] = []
     for _, milliseconds, top1 in sorted(data["zoo"] + data["peers"], key=lambda point: point[1]):
         if not frontier or top1 > frontier[-1][1]:
             frontier.append((milliseconds, top1))
     axes.step(*zip(*frontier, strict=True), where="post", color="#444444", linewidth=1, label="frontier")
     axes.set(xlabel="milliseconds per image, batch 1, 1 thread", ylabel="CIFAR-100 top-1 (%)", xlim=(0, None))
-    axes.margins(x=0.35, y=0.2)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.margins(x=0.2, y=0.2)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
 
 
 def draw_training_curves(figure: Any, data: Any) -> None:
