@@ -12,7 +12,6 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import timm
 import torch
 from environment import environment
+from timing import interleaved
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,22 +57,8 @@ def finish_masks(model: nn.Module) -> nn.Module:
 
 def interleaved_medians(forms: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Returns the median time of each form in microseconds, runs taken in turns."""
-    for form in forms.values():
-        form()
-    start = time.perf_counter()
-    for form in forms.values():
-        form()
-    rounds = max(7, int(SECONDS_PER_FORM * len(forms) / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    order = list(forms)
-    for _ in range(rounds):
-        random.shuffle(order)  # a form finds the caches as its predecessor leaves them
-        for name in order:
-            form = forms[name]
-            start = time.perf_counter()
-            form()
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e6 * statistics.median(values) for name, values in times.items()}
+    times = interleaved(list(forms.values()), SECONDS_PER_FORM)
+    return {name: 1e6 * statistics.median(values) for name, values in zip(forms, times, strict=True)}
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ import torchvision
 from environment import environment
 from rich.console import Console
 from rich.progress import Progress
+from timing import interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -48,7 +49,6 @@ from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = (1, 2)
 BATCHES = {"onnxruntime": (1, 4, 8, 64), "openvino": (1, 64), "eager": (1, 8)}
-MIN_ROUNDS = 5
 CALIBRATION_IMAGES = 64
 
 # Prints the MiB by which a session and a run on one image raise a bare process's peak memory. Linux only; getrusage
@@ -205,25 +205,6 @@ def openvino_runner(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda x: request.infer([x])
-
-
-def interleaved(forms: Sequence[Callable[[], object]], seconds: float) -> list[list[float]]:
-    """Returns the run times of each form, taken in turns, in seconds."""
-    start = time.perf_counter()
-    for _ in range(2):
-        start = time.perf_counter()
-        for form in forms:
-            form()
-    rounds = max(MIN_ROUNDS, int(seconds * len(forms) / (time.perf_counter() - start)))
-    times: list[list[float]] = [[] for _ in forms]
-    order = list(range(len(forms)))
-    for _ in range(rounds):
-        random.shuffle(order)
-        for i in order:
-            start = time.perf_counter()
-            forms[i]()
-            times[i].append(time.perf_counter() - start)
-    return times
 
 
 def summary(times: list[float], batch: int) -> dict[str, float]:

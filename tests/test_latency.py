@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import with_random_masks
 from rich.progress import Progress
+from timing import MIN_ROUNDS, interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -39,8 +40,8 @@ def test_forms_and_weights_are_named():
 
 def test_forms_take_turns():
     calls: list[int] = []
-    times = latency.interleaved([lambda i=i: calls.append(i) for i in range(3)], seconds=0.0)
-    assert [len(values) for values in times] == [latency.MIN_ROUNDS] * 3
+    times = interleaved([lambda i=i: calls.append(i) for i in range(3)], seconds=0.0)
+    assert [len(values) for values in times] == [MIN_ROUNDS] * 3
     timed = calls[6:]
     assert all(sorted(timed[i : i + 3]) == [0, 1, 2] for i in range(0, len(timed), 3))
 
