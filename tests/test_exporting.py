@@ -22,7 +22,18 @@ def lively(name: str, **kwargs) -> nn.Module:
     return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs)))
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
+# One model per combination of rewrites; the others take the same paths.
+QUICK_MODELS = ("mobilenetv1_w025", "mobilenetv2_t1", "mobilenetv2_lgc", "mobilenetv2_gc", "mobilenetv2_lgc_gc")
+
+
+def slow_unless(quick: bool) -> tuple:
+    return () if quick else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=slow_unless(name.removesuffix("_cifar100") in QUICK_MODELS)) for name in ALL_MODELS],
+)
 def test_the_deployed_form_runs_in_onnx_runtime(name, tmp_path):
     model = lively(name)
     mz.export_onnx(mz.optimize_for_inference(model), tmp_path / "model.onnx")
@@ -152,7 +163,10 @@ def test_command_says_what_is_wrong(run, args, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.cifar100
-@pytest.mark.parametrize("name", [entry.model for entry in mz.manifest().values()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(e.model, marks=slow_unless(e.model == WEIGHTS)) for e in mz.manifest().values()],
+)
 def test_int8_loses_little(run, name, tmp_path, cifar100):
     code, out, err = run("export", name, tmp_path / "int8.onnx", "--condensed", "--int8", "--data", cifar100)
     assert code == 0, err
