@@ -1,10 +1,13 @@
 """Exact rewrites of a trained network for inference.
 
-Each rewrite is a function on one bottleneck, described by a `HiddenLayers`; `optimize_for_inference` applies them to a
-whole network and checks the outputs before it returns.
+Each rewrite is a function on one bottleneck, described by a `HiddenLayers`. `forms` combines them, `estimated_time`
+says what each combination costs, and `optimize_for_inference` takes the cheapest for every bottleneck of a network and
+checks the outputs before it returns.
 """
 
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -23,11 +26,12 @@ __all__ = ["OptimizedNetwork", "optimize_for_inference"]
 # Widths that fill a 512-bit register of float32 values: kernels for blocked layouts take multiples of it only.
 SIMD_CHANNELS = 16
 
-# A convolution group with this many channels on its narrow side is worth its own call whatever its width.
-WIDE_GROUP = 32
-
-# A gather of hidden channels pays where this many outputs of a group share it (docs/condensing.md).
-GATHER_MIN_OUTPUTS = 24
+# Nanoseconds on one thread, read off ONNX Runtime's profiles (AVX-512, batch 1) of all forms of the zoo's bottlenecks.
+# Only their ratios matter. A blocked kernel computes on a layout in blocks of SIMD_CHANNELS, a plain one on NCHW.
+BLOCKED_MAC, BLOCKED_OUTPUT = 0.0185, 0.13  # per multiply-add, per value written
+PLAIN_MAC, PLAIN_INPUT, PLAIN_OUTPUT = 0.020, 0.13, 0.17  # per multiply-add, per value packed, per value written
+DEPTHWISE_VALUE = 0.4
+TO_PLAIN, TO_BLOCKED, GATHER = 0.18, 0.12, 0.18  # per value moved
 
 # Verification: the largest error relative to the outputs' scale.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -119,15 +123,12 @@ def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolutio
     return replace(convolution, weight=dense[:, :, None, None], groups=1, index=None)
 
 
-def widen_groups(convolution: Convolution, in_channels: int) -> Convolution:
-    """Merges as few groups as give groups that are a multiple of `SIMD_CHANNELS` wide, or `WIDE_GROUP` anyway."""
-    groups = convolution.groups
-    narrow = min(len(convolution.weight) // groups, convolution.weight.shape[1])
-    for merge in range(1, groups):
-        width = narrow * merge
-        if groups % merge == 0 and (width >= WIDE_GROUP or width % SIMD_CHANNELS == 0):
-            return merge_groups(convolution, merge) if merge > 1 else convolution
-    return spread_over_inputs(convolution, in_channels)
+def widenings(convolution: Convolution, in_channels: int) -> Iterator[Convolution]:
+    """Yields the convolution as it is, with merged groups, and spread over all inputs without a gather."""
+    for merge in range(1, convolution.groups):
+        if convolution.groups % merge == 0:
+            yield merge_groups(convolution, merge)
+    yield spread_over_inputs(convolution, in_channels)
 
 
 def compute_in_reading_order(layers: HiddenLayers) -> HiddenLayers:
@@ -145,8 +146,8 @@ def compute_in_reading_order(layers: HiddenLayers) -> HiddenLayers:
 def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
     """Leaves out hidden channels that no group of the projection reads.
 
-    The expansion's groups stay equally large and a multiple of `SIMD_CHANNELS`: a group with more dead channels than
-    the others keeps some of them.
+    The expansion's groups stay equally large, and all together, or each where the expansion is blocked, a multiple of
+    `SIMD_CHANNELS`: a group with more dead channels than the others keeps some of them.
     """
     index = layers.projection.index
     if index is None:
@@ -155,7 +156,8 @@ def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
     size = hidden // groups
     alive = torch.zeros(hidden, dtype=torch.bool, device=index.device).index_fill_(0, index, True).reshape(groups, size)
     most = int(alive.sum(1).max())
-    keep = min(size, -(-most // SIMD_CHANNELS) * SIMD_CHANNELS)
+    multiple = SIMD_CHANNELS // (1 if is_blocked(layers.expansion) else math.gcd(SIMD_CHANNELS, groups))
+    keep = min(size, -(-most // multiple) * multiple)
     if keep == size:
         return layers
     # Living channels first, in their order; the sort is stable.
@@ -165,21 +167,48 @@ def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
     return select_hidden(layers, order, position[index])
 
 
-def place_gather(layers: HiddenLayers) -> HiddenLayers:
-    """Settles what becomes of the projection's gather.
+def is_blocked(convolution: Convolution) -> bool:
+    """Whether kernels for blocked layouts take a 1x1 convolution; a dense one they take with any width."""
+    outputs, inputs = len(convolution.weight) // convolution.groups, convolution.weight.shape[1]
+    return convolution.groups == 1 or (outputs % SIMD_CHANNELS == 0 and inputs % SIMD_CHANNELS == 0)
 
-    Groups with many outputs keep it, unless a dense expansion can put out the same number of channels in the order in
-    which they are read. For the others a dense convolution over the hidden channels that are left is faster.
-    """
-    projection, hidden = layers.projection, len(layers.expansion.weight)
-    if projection.index is None:
-        return replace(layers, projection=widen_groups(projection, hidden))
-    if layers.expansion.groups == 1 and len(projection.index) <= hidden:
-        ordered = compute_in_reading_order(layers)
-        return replace(ordered, projection=widen_groups(ordered.projection, hidden))
-    if len(projection.weight) // projection.groups >= GATHER_MIN_OUTPUTS:
-        return layers
-    return replace(layers, projection=spread_over_inputs(projection, hidden))
+
+def estimated_time(layers: HiddenLayers, in_channels: int) -> float:
+    """Returns nanoseconds per pixel of the bottleneck's input, to compare forms of one bottleneck."""
+
+    def blocks(channels: int) -> int:
+        return -(-channels // SIMD_CHANNELS) * SIMD_CHANNELS
+
+    def gathering(convolution: Convolution, channels: int) -> float:
+        """From `channels` in blocked layout to what the convolution reads."""
+        if convolution.index is None:
+            return 0.0 if is_blocked(convolution) else TO_PLAIN * channels
+        return TO_PLAIN * channels + (GATHER + TO_BLOCKED * is_blocked(convolution)) * len(convolution.index)
+
+    def convolving(convolution: Convolution) -> float:
+        """From what the convolution reads to its outputs in blocked layout."""
+        groups, inputs = convolution.groups, convolution.weight.shape[1]
+        outputs = len(convolution.weight) // groups
+        if is_blocked(convolution):
+            return groups * blocks(outputs) * (BLOCKED_MAC * blocks(inputs) + BLOCKED_OUTPUT)
+        time = groups * (PLAIN_MAC * outputs * inputs + PLAIN_INPUT * inputs + PLAIN_OUTPUT * outputs)
+        return time + TO_BLOCKED * groups * outputs
+
+    hidden = len(layers.expansion.weight)
+    behind_stride = DEPTHWISE_VALUE * hidden + gathering(layers.projection, hidden) + convolving(layers.projection)
+    in_front = gathering(layers.expansion, in_channels) + convolving(layers.expansion)
+    return in_front + behind_stride / layers.depthwise.stride**2
+
+
+def forms(layers: HiddenLayers, in_channels: int) -> Iterator[HiddenLayers]:
+    """Yields every form of a bottleneck: groups merged or not, gathers kept, spread or moved into a dense expansion."""
+    for expansion in widenings(layers.expansion, in_channels):
+        # Which hidden channels can go depends on the expansion's groups, what the gather costs on how many are left.
+        alive = remove_dead_hidden(replace(layers, expansion=expansion))
+        ordered = compute_in_reading_order(alive)
+        for form in (alive,) if ordered is alive else (alive, ordered):
+            for projection in widenings(form.projection, len(form.expansion.weight)):
+                yield replace(form, projection=projection)
 
 
 def absorb_shuffle(layers: HiddenLayers, shuffle_groups: int) -> HiddenLayers:
@@ -268,9 +297,10 @@ class OptimizedNetwork(nn.Module):
 def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> OptimizedNetwork:
     """Returns a new, eval-only network with equal outputs that runs faster.
 
-    BatchNorm is folded, learned group convolutions are condensed, and hidden channels that nothing reads are removed;
-    where all are read, a dense expansion puts them out in reading order and the gather vanishes. `model` stays as it
-    was.
+    BatchNorm is folded, learned group convolutions are condensed, and hidden channels that nothing reads are removed.
+    Then each bottleneck takes the form that costs least: its groups as they are or merged, its gathers kept, spread
+    into a dense convolution, or moved into a dense expansion that puts its channels out in reading order. `model`
+    stays as it was.
 
     Args:
         model: a network of the zoo, masked or condensed.
@@ -310,16 +340,15 @@ def _optimize_block(block: nn.Module, dense: bool) -> OptimizedBlock:
     layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
     if isinstance(block.shuffle_hidden, ChannelShuffle):
         layers = absorb_shuffle(layers, block.shuffle_hidden.groups)
-    # Which hidden channels can go depends on the expansion's groups, what the gather costs on how many are left.
     conv = block.expansion.conv
     assert isinstance(conv, nn.Conv2d | CondensedConv2d)
-    rewrite = spread_over_inputs if dense else widen_groups
-    layers = remove_dead_hidden(replace(layers, expansion=rewrite(layers.expansion, conv.in_channels)))
     if dense:
-        hidden = len(layers.expansion.weight)
-        layers = replace(layers, projection=spread_over_inputs(layers.projection, hidden))
+        expansion = spread_over_inputs(layers.expansion, conv.in_channels)
+        layers = remove_dead_hidden(replace(layers, expansion=expansion))
+        projection = spread_over_inputs(layers.projection, len(layers.expansion.weight))
+        layers = replace(layers, projection=projection)
     else:
-        layers = place_gather(layers)
+        layers = min(forms(layers, conv.in_channels), key=lambda form: estimated_time(form, conv.in_channels))
     parts: list[nn.Module] = [
         FoldedConv2d(layers.expansion, act=True),
         FoldedConv2d(layers.depthwise, act=True),

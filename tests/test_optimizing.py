@@ -67,14 +67,16 @@ def test_reading_order_removes_the_gather():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("simd", [1, 16])
+@pytest.mark.parametrize("simd", [1, 8])
 def test_dead_channels_go_and_groups_stay_equal(groups, simd, monkeypatch):
     monkeypatch.setattr(optimizing, "SIMD_CHANNELS", simd)
     layers = hidden_layers(groups)
     rewritten = optimizing.remove_dead_hidden(layers)
     left = len(rewritten.expansion.weight)
     alive = torch.bincount(layers.projection.index.unique() // (96 // groups), minlength=groups)
-    assert left == groups * -(-int(alive.max()) // simd) * simd < 96
+    # The groups' four inputs are too few for a blocked kernel: together they must be a multiple, not each.
+    multiple = simd if groups == 1 else max(1, simd // groups)
+    assert left == groups * -(-int(alive.max()) // multiple) * multiple < 96
     assert rewritten.depthwise.groups == left
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(run(rewritten, x), run(layers, x))
@@ -108,28 +110,52 @@ def test_spreading_adds_up_inputs_that_are_read_twice():
     torch.testing.assert_close(run(spread, x), run(layers, x))
 
 
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "groups"),
-    [(16, 96, 4), (24, 160, 2), (40, 160, 4), (8, 96, 2), (4, 96, 1), (6, 96, 1)],
-)
-def test_groups_are_widened_just_enough(inputs, outputs, groups):
-    convolution = Convolution(torch.randn(outputs, inputs, 1, 1), torch.randn(outputs), 4)
-    widened = optimizing.widen_groups(convolution, 4 * inputs)
-    assert widened.groups == groups
-    x = torch.randn(1, 4 * inputs, 3, 3)
-    torch.testing.assert_close(
-        F.conv2d(x, widened.weight, groups=groups), F.conv2d(x, convolution.weight, groups=4), rtol=1e-5, atol=1e-4
-    )
+def test_groups_of_blocked_expansions_stay_blocked():
+    layers = hidden_layers(groups=2, inputs=32, hidden=192)
+    rewritten = optimizing.remove_dead_hidden(layers)
+    assert optimizing.is_blocked(rewritten.expansion)
+    assert len(rewritten.expansion.weight) % (2 * optimizing.SIMD_CHANNELS) == 0
+    x = torch.randn(2, 32, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(rewritten, x), run(layers, x))
 
 
-@pytest.mark.parametrize("outputs", [8, 96])
 @pytest.mark.parametrize("expansion_groups", [1, 4])
-def test_the_gather_goes_where_it_does_not_pay(outputs, expansion_groups):
-    layers = optimizing.remove_dead_hidden(hidden_layers(expansion_groups, outputs=outputs))
-    placed = optimizing.place_gather(layers)
-    assert (placed.projection.index is None) == (outputs == 8)
+def test_every_form_computes_the_same(expansion_groups):
+    layers = hidden_layers(expansion_groups)
+    forms = list(optimizing.forms(layers, 8))
+    shapes = {(f.expansion.groups, f.projection.groups, f.projection.index is None) for f in forms}
+    merges = {1, 2, 4} if expansion_groups == 4 else {1}
+    assert shapes >= {(e, p, p == 1) for e in merges for p in (1, 2, 4)}
+    # A dense expansion can put the channels out as they are read.
+    assert (1, 4, True) in shapes
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(run(placed, x), run(layers, x))
+    for form in forms:
+        torch.testing.assert_close(run(form, x), run(layers, x))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "outputs", "expansion_groups", "projection_groups"),
+    [
+        (160, 960, 160, 4, 4),  # wide groups are worth a gather each
+        (32, 192, 32, 2, 1),  # few outputs share a gathered value; groups of 8 inputs don't fill a register
+        (16, 96, 24, 1, 1),
+    ],
+)
+def test_the_cheapest_form_depends_on_the_widths(inputs, hidden, outputs, expansion_groups, projection_groups):
+    layers = hidden_layers(4, inputs, hidden, outputs)
+    best = min(optimizing.forms(layers, inputs), key=lambda form: optimizing.estimated_time(form, inputs))
+    assert (best.expansion.groups, best.projection.groups) == (expansion_groups, projection_groups)
+    assert (best.projection.index is None) == (projection_groups == 1)
+
+
+def test_estimated_time_knows_work_from_no_work():
+    layers = hidden_layers(groups=4, inputs=64, hidden=384, outputs=64)
+    time = optimizing.estimated_time(layers, 64)
+    assert optimizing.estimated_time(optimizing.remove_dead_hidden(layers), 64) < time
+    strided = replace(layers, depthwise=replace(layers.depthwise, stride=2))
+    assert optimizing.estimated_time(strided, 64) < time
+    no_gather = replace(layers, projection=replace(layers.projection, index=None))
+    assert optimizing.estimated_time(no_gather, 64) < time
 
 
 def test_a_shuffle_becomes_the_reading_order():
