@@ -11,3 +11,4 @@ autodoc_typehints = "none"  # the docstrings give shapes and units
 
 html_theme = "furo"
 html_title = "mobilenets_zoo"
+html_use_index = html_domain_indices = False  # the API page and the search say the same
