@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; threads that wait for one another would slow all of them. Read when torch is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import timm
 import torch
 from torch import nn
