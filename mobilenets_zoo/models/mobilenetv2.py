@@ -193,7 +193,9 @@ default_cfgs = generate_default_cfgs(
     {
         "mobilenetv2_cifar100.untrained": _cfg(),
         "mobilenetv2_t4_cifar100.untrained": _cfg(),
-        "mobilenetv2_t1_cifar100.sgd_e24_r32": _cfg(),
+        "mobilenetv2_t1_cifar100.sgd_e24_r32": _cfg(
+            hf_hub_id="mobilenets-zoo/mobilenetv2_t1_cifar100", hf_hub_filename="model.safetensors"
+        ),
         "mobilenetv2_lgc_cifar100.sgd_e10_r32": _lgc_cfg(
             hf_hub_id="mobilenets-zoo/mobilenetv2_lgc_cifar100", hf_hub_filename="model.safetensors"
         ),
