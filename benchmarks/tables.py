@@ -57,15 +57,27 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
 
 
+def load_latency() -> dict[str, Any]:
+    return json.loads((RESULTS / "latency.json").read_text())
+
+
+def milliseconds(document: dict[str, Any], **wanted: Any) -> float | None:
+    rows = [row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items())]
+    return rows[0]["ms"] if rows else None
+
+
 def models_table(costs: dict[str, mz.Profile]) -> str:
     weights = {entry.model: entry for entry in mz.manifest().values()}
+    latency = load_latency()
+    deployed = dict(form="optimized", runtime="onnxruntime", precision="fp32", threads=1, batch=1)
     rows = []
     for name, cost in sorted(costs.items(), key=lambda item: (item[0].split("_")[0], -item[1].macs, item[0])):
         entry = weights.get(name)
         top1, tag = (f"{entry.top1:.2f}", f"`{entry.tag}`") if entry else ("-", "not trained yet")
-        row = [f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", top1, f"{ORIGINAL_TOP1[name]:.2f}"]
-        rows.append([*row, tag])
-    return markdown(["model", "params (M)", "MACs (M)", "top-1 (%)", "original (%)", "weights"], rows)
+        time = milliseconds(latency, model=name, **deployed)
+        row = [f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", f"{time:.2f}" if time else "-"]
+        rows.append([*row, top1, f"{ORIGINAL_TOP1[name]:.2f}", tag])
+    return markdown(["model", "params (M)", "MACs (M)", "ms", "top-1 (%)", "original (%)", "weights"], rows)
 
 
 def weights_table() -> str:
@@ -73,6 +85,7 @@ def weights_table() -> str:
     for entry in mz.manifest().values():
         result = json.loads((ROOT / entry.result).read_text())
         scores, training = result["evaluation"], result["training"]
+        files = {"recipe": entry.recipe, "log": f"benchmarks/logs/{entry.model}.csv", "result": entry.result}
         rows.append(
             [
                 f"`{entry.name}`",
@@ -83,9 +96,10 @@ def weights_table() -> str:
                 str(result["recipe"]["epochs"]),
                 f"{result['training_seconds'] / 60:.0f}",
                 training["device"],
+                ", ".join(f"[{label}](../{path})" for label, path in files.items()),
             ]
         )
-    header = ["weight", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "epochs", "minutes", "trained on"]
+    header = ["weight", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "epochs", "minutes", "trained on", "files"]
     return markdown(header, rows)
 
 
@@ -111,17 +125,8 @@ def condensed_layer_table() -> str:
     return f"{markdown(header, rows)}\n\n{source}"
 
 
-def load_latency() -> dict[str, Any]:
-    return json.loads((RESULTS / "latency.json").read_text())
-
-
 # The dense network that ratios refer to.
 REFERENCE = ("mobilenetv2_cifar100", "plain")
-
-
-def milliseconds(document: dict[str, Any], **wanted: Any) -> float | None:
-    rows = [row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items())]
-    return rows[0]["ms"] if rows else None
 
 
 def latency_source(document: dict[str, Any]) -> str:
@@ -234,13 +239,12 @@ def generated() -> dict[Path, str]:
     with_table(ROOT / "docs" / "models.md", "models", models_table(costs), texts)
     with_table(ROOT / "docs" / "models.md", "weights", weights_table(), texts)
     with_table(ROOT / "docs" / "design.md", "condensed-layer", condensed_layer_table(), texts)
-    if (RESULTS / "latency.json").exists():
-        condensing = ROOT / "docs" / "condensing.md"
-        for precision in ("fp32", "int8"):
-            with_table(condensing, f"latency-{precision}", latency_table(precision), texts)
-        with_table(condensing, "latency-eager", eager_table(), texts)
-        with_table(condensing, "latency-openvino", openvino_table(), texts)
-        with_table(condensing, "files", files_table(), texts)
+    condensing = ROOT / "docs" / "condensing.md"
+    for precision in ("fp32", "int8"):
+        with_table(condensing, f"latency-{precision}", latency_table(precision), texts)
+    with_table(condensing, "latency-eager", eager_table(), texts)
+    with_table(condensing, "latency-openvino", openvino_table(), texts)
+    with_table(condensing, "files", files_table(), texts)
     with_table(ROOT / "docs" / "finetuning.md", "finetune", finetune_table(), texts)
     return texts
 
