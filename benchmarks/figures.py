@@ -98,6 +98,7 @@ def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
         axes.annotate(name, (macs, top1), (5, -10), textcoords="offset points", fontsize=8, color=OURS)
     axes.plot([], [], "s", color=PEERS, label="published by others († best epoch on the test set)")
     axes.set(xscale="log", xlabel="MACs (millions, log scale)", ylabel="CIFAR-100 top-1 (%)")
+    axes.margins(x=0.08, y=0.08)
     axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
 

@@ -93,13 +93,13 @@ def weights_table() -> str:
                 f"{scores['top5']:.2f}",
                 f"{scores['loss']:.3f}",
                 f"{scores['ece']:.1f}",
+                ", ".join(f"[{label}](../{path})" for label, path in files.items()),
                 str(result["recipe"]["epochs"]),
                 f"{result['training_seconds'] / 60:.0f}",
                 training["device"],
-                ", ".join(f"[{label}](../{path})" for label, path in files.items()),
             ]
         )
-    header = ["weight", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "epochs", "minutes", "trained on", "files"]
+    header = ["weight", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "files", "epochs", "minutes", "trained on"]
     return markdown(header, rows)
 
 
