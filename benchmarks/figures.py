@@ -106,16 +106,17 @@ def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
 def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
     axes = figure.add_subplot()
     for label, color, marker, points in (
-        ("this zoo", OURS, "D", data["zoo"]),
+        ("original's top-1, its layers as they are", ORIGINAL, "o", data["original"]),
+        ("this zoo, optimized", OURS, "D", data["zoo"]),
         ("MobileNetV2 as usual for CIFAR, published top-1", PEERS, "s", data["peers"]),
     ):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label)
-        for name, milliseconds, top1 in points:
+        for name, milliseconds, top1 in points if color != ORIGINAL else ():
             axes.annotate(
                 name, (milliseconds, top1), (0, 8), textcoords="offset points", fontsize=8, color=color, ha="center"
             )
     frontier: list[tuple[float, float]] = []
-    for _, milliseconds, top1 in sorted(data["zoo"] + data["peers"], key=lambda point: point[1]):
+    for _, milliseconds, top1 in sorted((p for points in data.values() for p in points), key=lambda point: point[1]):
         if not frontier or top1 > frontier[-1][1]:
             frontier.append((milliseconds, top1))
     axes.step(*zip(*frontier, strict=True), where="post", color="#444444", linewidth=1, label="frontier")
@@ -185,7 +186,10 @@ def all_figures(original_top1: dict[str, float]) -> list[Figure]:
         document = json.loads(LATENCY.read_text())
         peer = latency_of(document, "CIFAR MobileNetV2, stem stride 1", "plain")
         peer_top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
+        measured = {(row["model"], row["form"]) for row in document["rows"]}
+        forms = {name: "textbook" if (name, "textbook") in measured else "plain" for name in original_top1}
         against = {
+            "original": [[n, latency_of(document, n, forms[n]), top1] for n, top1 in original_top1.items()],
             "zoo": [[short(n), latency_of(document, n, "optimized"), entry.top1] for n, entry in weights.items()],
             "peers": [["MobileNetV2", peer, peer_top1]],
         }

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import mobilenets_zoo as mz
 from mobilenets_zoo import optimizing
+from mobilenets_zoo.evaluation import preprocess
 from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 from mobilenets_zoo.optimizing import Convolution, HiddenLayers
 
@@ -205,6 +206,21 @@ def count_macs(network: nn.Module) -> int:
     for hook in hooks:
         hook.remove()
     return macs
+
+
+@pytest.mark.cifar100
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [entry.model for entry in mz.manifest().values()])
+@torch.inference_mode()
+def test_predictions_on_the_test_set_stay(name, cifar100):
+    model = timm.create_model(name, pretrained=True).eval().to(memory_format=torch.channels_last)
+    images, cfg = mz.data.load_images(cifar100, "test").images, model.pretrained_cfg
+    forms = [mz.optimize_for_inference(model, dense=dense) for dense in (False, True)]
+    for start in range(0, len(images), 250):
+        x = preprocess(torch.from_numpy(images[start : start + 250]), cfg["mean"], cfg["std"])
+        expected = model(x).argmax(1)
+        assert all(torch.equal(form(x).argmax(1), expected) for form in forms)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
