@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file
 
 import mobilenets_zoo as mz
@@ -152,12 +153,12 @@ def draw_hoyer(figure: Any, data: Any) -> None:
 
 def draw_mask(figure: Any, data: Any) -> None:
     figure.set_size_inches(7.0, 1.1 + 1.1 * len(data))
-    for axes, (name, mask) in zip(figure.subplots(len(data), 1), data.items(), strict=True):
+    for axes, (title, mask) in zip(figure.subplots(len(data), 1), data.items(), strict=True):
         axes.imshow(mask, aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
         axes.grid(False)
         axes.set_yticks(range(len(mask)))
         axes.set_ylabel("group", fontsize=8)
-        axes.set_title(f"{name}: each group reads {sum(mask[0])} of {len(mask[0])} inputs", fontsize=8)
+        axes.set_title(f"{title}: each group reads {sum(mask[0])} of {len(mask[0])} inputs", fontsize=8)
     axes.set_xlabel("input channel")
 
 
@@ -205,8 +206,11 @@ def all_figures(original_top1: dict[str, float]) -> list[Figure]:
     for name, entry in weights.items():
         log = LOGS / f"{name}.masks.json"
         if log.exists():
-            figures.append(Figure(f"hoyer_{short(name)}", hoyer(json.loads(log.read_text())), draw_hoyer))
-            figures.append(Figure(f"mask_{short(name)}", masks(mz.pretrained.WEIGHTS_DIR / entry.file), draw_mask))
+            stages = json.loads(log.read_text())
+            figures.append(Figure(f"hoyer_{short(name)}", hoyer(stages), draw_hoyer))
+            logged = "masks" in stages[0]  # logs of the first runs hold no masks
+            shown = mask_stages(stages) if logged else masks(mz.pretrained.WEIGHTS_DIR / entry.file)
+            figures.append(Figure(f"mask_{short(name)}", shown, draw_mask))
     return figures
 
 
@@ -231,4 +235,14 @@ def masks(file: Path, layers: tuple[str, ...] = ("3.1.expansion", "3.1.projectio
         index = state[f"blocks.{layer}.conv.index"].reshape(4, -1)
         inputs = index.shape[1] * 4
         result[f"blocks.{layer}"] = [[int(channel in set(row.tolist())) for channel in range(inputs)] for row in index]
+    return result
+
+
+def mask_stages(stages: list[dict[str, Any]], layer: str = "blocks.3.1.projection.conv") -> dict[str, Any]:
+    """Returns which inputs each group of a layer reads after each pruning stage, from a training log."""
+    result = {}
+    for number, stage in enumerate(stages, 1):
+        rows = [np.unpackbits(np.frombuffer(bytes.fromhex(row), np.uint8)) for row in stage["masks"][layer]]
+        title = f"{layer.removesuffix('.conv')}, stage {number} at {100 * stage['progress']:.0f} % of training"
+        result[title] = [row[: stage["inputs"][layer]].tolist() for row in rows]
     return result

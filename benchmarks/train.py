@@ -3,10 +3,10 @@
     python benchmarks/train.py RECIPE.toml [RECIPE.toml ...] --data DIR --out DIR [--resume]
     torchrun --nproc_per_node=N benchmarks/train.py ...
 
-The folder given by --out receives, per model, DIR/NAME/ with `log.csv` (a row per epoch), `masks.json` (Hoyer index of
-learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to measure with
-benchmarks/evaluate.py), and for all of them `checkpoint.json` with its parts and `run.json` (hardware and versions).
-With one recipe everything lies in DIR itself. Test images are never read.
+The folder given by --out receives, per model, DIR/NAME/ with `log.csv` (a row per epoch), `masks.json` (masks and Hoyer
+index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to measure
+with benchmarks/evaluate.py), and for all of them `checkpoint.json` with its parts and `run.json` (hardware and
+versions). With one recipe everything lies in DIR itself. Test images are never read.
 """
 
 import argparse
@@ -95,7 +95,11 @@ class Student:
         if not self.schedule.step(progress):
             return
         kept = {name: int(layer.mask.sum(1)[0]) for name, layer in self.learned.items()}
-        self.masks.append({"progress": progress, "hoyer_before": before, "inputs_per_group": kept})
+        # A row of hexadecimal digits per group, a bit per input.
+        masks = {n: [r.tobytes().hex() for r in np.packbits(m.mask.cpu().numpy(), 1)] for n, m in self.learned.items()}
+        inputs = {name: layer.in_channels for name, layer in self.learned.items()}
+        entry = {"progress": progress, "hoyer_before": before, "inputs": inputs, "inputs_per_group": kept}
+        self.masks.append({**entry, "masks": masks})
         for name, layer in self.learned.items():
             keep = layer.mask.repeat_interleave(layer.out_channels // layer.groups, 0)[:, :, None, None]
             states = [value for value in self.optimizer.state[layer.weight].values() if torch.is_tensor(value)]

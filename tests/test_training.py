@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import checkpoint
+import figures
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -324,6 +326,11 @@ def test_lgc_prunes_in_three_stages_and_cleans_momentum_and_average(tmp_path, da
     assert all(0 <= value <= 1 for value in stages[0]["hoyer_before"][layer])
 
     student = trainers[0].students[0]
+    # The log's picture of a mask being learned: a stage keeps only what the stage before kept, the last is the mask.
+    pictures = list(figures.mask_stages(stages, layer).values())
+    assert [sum(rows[0]) for rows in pictures] == [12, 8, 4]
+    assert all((np.array(after) <= np.array(before)).all() for before, after in itertools.pairwise(pictures))
+    assert np.array_equal(pictures[-1], student.learned[layer].mask)
     for name, module in student.learned.items():
         keep = module.mask.repeat_interleave(module.out_channels // module.groups, 0)[:, :, None, None]
         average = student.ema.module.get_submodule(name)
