@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if not pages:
         print(f"error: {args.build} holds no pages; build them with python -m sphinx -b html docs DIR", file=sys.stderr)
         return 2
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        print("error: no chromium or chromedriver; on Debian, apt install chromium chromium-driver", file=sys.stderr)
+        return 2
     if args.screenshots:
         args.screenshots.mkdir(parents=True, exist_ok=True)
     faults: list[str] = []
@@ -84,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             known = path.is_file() and (not fragment or path not in ids or fragment in ids[path])
             if url.scheme == "file" and not known:
                 faults.append(f"{page.name}: a link leads nowhere: {path.name}#{fragment}")
-    for fault in dict.fromkeys(faults):
+    faults = list(dict.fromkeys(faults))  # both widths find the same broken image
+    for fault in faults:
         print(fault, file=sys.stderr)
     print(f"{len(pages)} pages at {len(VIEWPORTS)} widths: {len(faults)} faults")
     return 1 if faults else 0
