@@ -13,10 +13,10 @@ from typing import Optional
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mobilenets_zoo.condensing import check_equivalent, condense, learned_layers
-from mobilenets_zoo.learned_group_conv import CondensedConv2d, condensed_conv2d, gather_channels_last
+from mobilenets_zoo.folded_conv import Convolution, FoldedConv2d, merge_groups, spread_over_inputs
+from mobilenets_zoo.learned_group_conv import CondensedConv2d
 from mobilenets_zoo.models._base import ConvBn, MobileNetBase
 from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
@@ -35,25 +35,6 @@ TO_PLAIN, TO_BLOCKED, GATHER = 0.18, 0.12, 0.18  # per value moved
 
 # Verification: the largest error relative to the outputs' scale.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution with its BatchNorm folded in.
-
-    Attributes:
-        weight: (out_channels, inputs per group, kernel, kernel).
-        bias: (out_channels,).
-        groups: number of groups.
-        stride: along both axes.
-        index: input channels to gather first, int64, or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    groups: int = 1
-    stride: int = 1
-    index: Optional[torch.Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -93,34 +74,6 @@ def select_hidden(layers: HiddenLayers, order: torch.Tensor, read: Optional[torc
         depthwise=replace(depthwise, weight=depthwise.weight[order], bias=depthwise.bias[order], groups=len(order)),
         projection=replace(layers.projection, index=read),
     )
-
-
-def merge_groups(convolution: Convolution, merge: int) -> Convolution:
-    """Makes one group of every `merge` neighbouring ones; zeros fill what a group didn't read.
-
-    More multiply-adds, but groups that are too narrow for the registers cost more than the zeros do.
-    """
-    weight, groups = convolution.weight, convolution.groups
-    outputs, inputs = len(weight) // groups, weight.shape[1]
-    merged = weight.new_zeros(groups // merge, merge, outputs, merge, inputs, *weight.shape[2:])
-    blocks = weight.reshape(groups // merge, merge, outputs, inputs, *weight.shape[2:])
-    for i in range(merge):
-        merged[:, i, :, i] = blocks[:, i]
-    return replace(
-        convolution, weight=merged.reshape(len(weight), merge * inputs, *weight.shape[2:]), groups=groups // merge
-    )
-
-
-def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolution:
-    """Returns a dense convolution without a gather; zeros stand where a group doesn't read an input."""
-    weight, index, groups = convolution.weight, convolution.index, convolution.groups
-    assert weight.shape[2:] == (1, 1)
-    if index is None:
-        return merge_groups(convolution, groups)
-    columns = index.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
-    # Added, not written: a channel shuffle may have made a group read an input more than once.
-    dense = weight.new_zeros(len(weight), in_channels).scatter_add_(1, columns, weight.flatten(1))
-    return replace(convolution, weight=dense[:, :, None, None], groups=1, index=None)
 
 
 def widenings(convolution: Convolution, in_channels: int) -> Iterator[Convolution]:
@@ -226,33 +179,6 @@ def absorb_shuffle(layers: HiddenLayers, shuffle_groups: int) -> HiddenLayers:
     )
 
 
-class FoldedConv2d(nn.Module):
-    """A convolution with bias, after a gather of its input channels where `index` is given."""
-
-    index: Optional[torch.Tensor]
-
-    def __init__(self, convolution: Convolution, act: bool):
-        super().__init__()
-        self.weight = nn.Parameter(convolution.weight.clone(), requires_grad=False)
-        self.bias = nn.Parameter(convolution.bias.clone(), requires_grad=False)
-        self.register_buffer("index", convolution.index)
-        self.groups, self.stride = convolution.groups, convolution.stride
-        self.padding = self.weight.shape[-1] // 2
-        self.act = act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.index is not None:
-            if torch.compiler.is_compiling():
-                x = x.index_select(1, self.index)
-            elif x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-                x = condensed_conv2d(x, self.weight, self.index, self.groups) + self.bias[:, None, None]
-                return F.relu6(x) if self.act else x
-            else:
-                x = gather_channels_last(x, self.index)
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
-        return F.relu6(x) if self.act else x
-
-
 class OptimizedBlock(nn.Module):
     """A sequence of folded convolutions with an optional shortcut around it."""
 
@@ -356,4 +282,8 @@ def _optimize_block(block: nn.Module, dense: bool) -> OptimizedBlock:
     ]
     if isinstance(block.shuffle_out, ChannelShuffle):
         parts.append(copy.deepcopy(block.shuffle_out))
-    return OptimizedBlock(parts, copy.deepcopy(block.shortcut) if block.has_shortcut else None)
+    shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None
+    if isinstance(block.shortcut, nn.Conv2d):
+        weight = block.shortcut.weight.detach()
+        shortcut = FoldedConv2d(Convolution(weight, weight.new_zeros(len(weight))), act=False)
+    return OptimizedBlock(parts, shortcut)

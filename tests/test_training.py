@@ -1,5 +1,6 @@
 """The trainer on a made-up data set of ten classes: what it learns, and that nothing is lost."""
 
+import copy
 import csv
 import errno
 import io
@@ -27,6 +28,7 @@ from conftest import ROOT
 from distill import distillation_loss
 from PIL import Image
 from recipe import Recipe, load_recipe
+from torch.nn import functional as F
 
 import mobilenets_zoo as mz
 
@@ -395,6 +397,48 @@ def test_students_share_batches_and_teachers(tmp_path, data, one_thread):
     assert run(a, data, tmp_path / "alone") == 0
     assert same_outcome(tmp_path / "both" / "mobilenetv1_w025_cifar100", tmp_path / "alone")
     assert (tmp_path / "both" / "mobilenetv2_lgc_cifar100" / "masks.json").exists()
+
+
+def test_teachers_see_the_full_resolution(tmp_path, data, monkeypatch):
+    teacher = timm.create_model("mobilenetv1_w025_cifar100", num_classes=10)
+    mz.save_weights(teacher, tmp_path / "teacher.safetensors")
+    sizes: dict[str, set[int]] = {"teacher": set(), "student": set()}
+
+    def recorder(kind, forward):
+        def recording(module, images, *arguments):
+            sizes[kind].add(images.shape[-1])
+            return forward(module, images, *arguments)
+
+        return recording
+
+    monkeypatch.setattr(train.Teachers, "forward", recorder("teacher", train.Teachers.forward))
+    student = type(timm.create_model("mobilenetv2_lgc_cifar100"))
+    monkeypatch.setattr(student, "forward", recorder("student", student.forward))
+    changes = dict(sizes=[[0.5, 8], [0.5, 16]], epochs=2, kd_weight=1.0)
+    teachers = [f"mobilenetv1_w025_cifar100={tmp_path / 'teacher.safetensors'}"]
+    assert run(write_recipe(tmp_path, LGC, teachers=teachers, **changes), data, tmp_path / "out") == 0
+    assert sizes["teacher"] == {32}
+    assert sizes["student"] >= {8, 16}
+
+
+def test_strided_depthwise_convolutions_stay_out_of_autocast():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
+    model = torch.nn.Sequential(conv, torch.nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False))
+    keys = list(model.state_dict())
+    train.keep_strided_depthwise_in_float32(model)
+    assert list(model.state_dict()) == keys
+    twin = copy.deepcopy(model)  # as for the average of the weights
+    x = torch.randn(2, 8, 9, 9, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model[0](x)
+    exact = F.conv2d(x.float(), conv.weight, None, 2, 1, groups=8)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.bfloat16())
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert not twin[0](x).any()
+    assert model[0](x).any()
 
 
 def test_recipes_that_disagree_do_not_train_together(tmp_path, data, capsys):

@@ -1,0 +1,173 @@
+"""The convolution of a network rewritten for inference: its parameters, its module, and its fast path on processors."""
+
+import functools
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mobilenets_zoo.learned_group_conv import gather_channels_last
+
+__all__ = ["Convolution", "FoldedConv2d", "merge_groups", "spread_over_inputs"]
+
+# A gather in front of oneDNN's channels_last kernels pays where it saves so many multiply-adds per gathered value, else
+# zeros in a dense weight cost less. Measured on one and two threads, AVX-512, batch 1 and 8.
+GATHER_MIN_SAVED_MACS = 256
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with its BatchNorm folded in.
+
+    Attributes:
+        weight: (out_channels, inputs per group, kernel, kernel).
+        bias: (out_channels,).
+        groups: number of groups.
+        stride: along both axes.
+        index: input channels to gather first, int64, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    groups: int = 1
+    stride: int = 1
+    index: Optional[torch.Tensor] = None
+
+
+def merge_groups(convolution: Convolution, merge: int) -> Convolution:
+    """Makes one group of every `merge` neighbouring ones; zeros fill what a group didn't read.
+
+    More multiply-adds, but groups that are too narrow for the registers cost more than the zeros do.
+    """
+    weight, groups = convolution.weight, convolution.groups
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    merged = weight.new_zeros(groups // merge, merge, outputs, merge, inputs, *weight.shape[2:])
+    blocks = weight.reshape(groups // merge, merge, outputs, inputs, *weight.shape[2:])
+    for i in range(merge):
+        merged[:, i, :, i] = blocks[:, i]
+    return replace(
+        convolution, weight=merged.reshape(len(weight), merge * inputs, *weight.shape[2:]), groups=groups // merge
+    )
+
+
+def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolution:
+    """Returns a dense convolution without a gather; zeros stand where a group doesn't read an input."""
+    weight, index, groups = convolution.weight, convolution.index, convolution.groups
+    assert weight.shape[2:] == (1, 1)
+    if index is None:
+        return merge_groups(convolution, groups)
+    columns = index.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
+    # Added, not written: a channel shuffle may have made a group read an input more than once.
+    dense = weight.new_zeros(len(weight), in_channels).scatter_add_(1, columns, weight.flatten(1))
+    return replace(convolution, weight=dense[:, :, None, None], groups=1, index=None)
+
+
+@dataclass(frozen=True)
+class ReorderedWeight:
+    """What `FoldedConv2d` keeps for its fast path.
+
+    Attributes:
+        made_from: weight and index of the module. Held, because a new tensor could take a dead one's address.
+        versions: how often they had been written in place.
+        weight, groups, index: of the convolution to compute.
+    """
+
+    made_from: tuple[torch.Tensor, Optional[torch.Tensor]]
+    versions: tuple[Optional[int], ...]
+    weight: torch.Tensor
+    groups: int
+    index: Optional[torch.Tensor]
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution with bias and ReLU6, after a gather of its input channels where `index` is given.
+
+    On processors, in float32 and without gradients, oneDNN computes convolution and activation at once in
+    channels_last, from a weight in an order of its own and without a gather that doesn't pay: the first forward pass
+    keeps that weight; loading, moving or writing parameters in place renews it. Writes through `weight.data` go
+    unnoticed: rewrite the network again.
+    """
+
+    index: Optional[torch.Tensor]
+
+    def __init__(self, convolution: Convolution, act: bool):
+        super().__init__()
+        self.weight = nn.Parameter(convolution.weight.clone(), requires_grad=False)
+        self.bias = nn.Parameter(convolution.bias.clone(), requires_grad=False)
+        self.register_buffer("index", convolution.index)
+        self.groups, self.stride = convolution.groups, convolution.stride
+        self.padding = self.weight.shape[-1] // 2
+        self.act = act
+        self._reordered: Optional[ReorderedWeight] = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
+        if self._takes_fused(x):
+            return self._fused(x)
+        if self.index is not None:
+            x = x.index_select(1, self.index)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        return F.relu6(x) if self.act else x
+
+    def _takes_fused(self, x: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
+            return False  # compilers and exporters fuse on their own
+        if not (x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.ndim == 4 and x.numel()):
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad or self.bias.requires_grad):
+            return False
+        if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+            return False
+        return fused_convolution_works()
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        kept, made_from = self._reordered, (self.weight, self.index)
+        versions = tuple(None if t is None or t.is_inference() else t._version for t in made_from)
+        if kept is None or kept.versions != versions or any(map(operator.is_not, kept.made_from, made_from)):
+            kept = self._reordered = ReorderedWeight(made_from, versions, *self._reorder(x))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if kept.index is not None:
+            x = gather_channels_last(x, kept.index)
+        geometry = ([self.padding] * 2, [self.stride] * 2, [1, 1], kept.groups)
+        activation = ("hardtanh", [0.0, 6.0], "") if self.act else ("none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, kept.weight, self.bias, *geometry, *activation)
+
+    def _reorder(self, x: torch.Tensor) -> tuple[torch.Tensor, int, Optional[torch.Tensor]]:
+        """Returns weight, groups and index for `_fused`. Any x gets the same result, one of this shape the fastest."""
+        convolution = Convolution(self.weight.detach(), self.bias, self.groups, self.stride, self.index)
+        size = list(x.shape)
+        if self.index is not None:
+            inputs = self.weight.shape[1]
+            if len(self.weight) * (x.shape[1] - inputs) < GATHER_MIN_SAVED_MACS * len(self.index):
+                convolution = spread_over_inputs(convolution, x.shape[1])
+            else:
+                size[1] = len(self.index)
+        geometry = ([self.padding] * 2, [self.stride] * 2, [1, 1], convolution.groups)
+        weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight, *geometry, size)
+        return weight, convolution.groups, convolution.index
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FoldedConv2d":
+        self._reordered = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reordered": None}  # copies and files hold the weight once
+
+
+@functools.cache
+def fused_convolution_works() -> bool:
+    """Whether oneDNN's convolution with activation works here: torch.compile uses it, but it isn't documented."""
+    line = functools.partial(torch.linspace, -3.0, 3.0, device="cpu", dtype=torch.float32)
+    weight, bias = line(32 * 8 * 9).reshape(32, 8, 3, 3), line(32)
+    x = line(16 * 6 * 6).reshape(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    expected = F.relu6(F.conv2d(x, weight, bias, 2, 1, groups=2))
+    arguments = ([1, 1], [2, 2], [1, 1], 2)
+    try:
+        reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *arguments, list(x.shape))
+        out = torch.ops.mkldnn._convolution_pointwise(x, reordered, bias, *arguments, "hardtanh", [0.0, 6.0], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return out.shape == expected.shape and torch.allclose(out, expected, atol=1e-3)
