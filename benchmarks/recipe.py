@@ -47,9 +47,10 @@ class Recipe:
         mixup, cutmix: alpha of timm's Mixup, 0 turns each off.
         mix_share: share of the batches that are mixed where mixup or cutmix is on.
         erase: share of the images that lose a random rectangle.
-        sizes: progressive resolution: [[share of the epochs, pixels], ...], shares add up to 1.
+        sizes: progressive resolution of the students: [[share of the epochs, pixels], ...], shares add up to 1.
         precision: "bf16" (autocast) or "fp32".
-        teachers: names of zoo models with weights, or "NAME=FILE.safetensors"; all see the students' images.
+        teachers: names of zoo models with weights, or "NAME=FILE.safetensors"; all see the students' images, at full
+            resolution.
         ce_weight: weight of the cross-entropy with the labels.
         kd_weight: weight of the distillation loss.
         kd_temperature: temperature of both distributions.

@@ -174,8 +174,13 @@ def latency_table(precision: str) -> str:
 
 def eager_table() -> str:
     document = load_latency()
-    cells = [dict(threads=1, batch=b, layout=layout) for b in (1, 8) for layout in ("NCHW", "channels_last")]
-    header = ["model", "form", *(f"{cell['layout']}, batch {cell['batch']}" for cell in cells)]
+    cells: list[dict[str, Any]] = [
+        dict(threads=threads, batch=batch, layout=layout)
+        for threads, batch in ((1, 1), (2, 1), (1, 8))
+        for layout in ("NCHW", "channels_last")
+    ]
+    columns = [f"{c['layout']}, {_count(c['threads'], 'thread')}, batch {c['batch']}" for c in cells]
+    header = ["model", "form", *columns]
     rows = ratio_rows(document, cells, runtime="eager")
     return f"{markdown(header, rows)}\n\n{latency_source(document)}"
 

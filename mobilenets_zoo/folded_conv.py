@@ -15,7 +15,7 @@ __all__ = ["Convolution", "FoldedConv2d", "merge_groups", "spread_over_inputs"]
 
 # A gather in front of oneDNN's channels_last kernels pays where it saves so many multiply-adds per gathered value, else
 # zeros in a dense weight cost less. Measured on one and two threads, AVX-512, batch 1 and 8.
-GATHER_MIN_SAVED_MACS = 256
+GATHER_MIN_SAVED_MACS = 128
 
 
 @dataclass(frozen=True)

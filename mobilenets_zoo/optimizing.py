@@ -259,13 +259,28 @@ def _folded(layer: ConvBn) -> FoldedConv2d:
     return FoldedConv2d(fold_batchnorm(layer), isinstance(layer.bn.act, nn.ReLU6))
 
 
+def hidden_layers(block: Bottleneck) -> HiddenLayers:
+    """Returns a condensed bottleneck's convolutions with BatchNorm folded in and no shuffle between them."""
+    layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
+    if isinstance(block.shuffle_hidden, ChannelShuffle):
+        layers = absorb_shuffle(layers, block.shuffle_hidden.groups)
+    return layers
+
+
+def optimized_layers(layers: HiddenLayers) -> list[nn.Module]:
+    """Returns the modules that compute a bottleneck."""
+    return [
+        FoldedConv2d(layers.expansion, act=True),
+        FoldedConv2d(layers.depthwise, act=True),
+        FoldedConv2d(layers.projection, act=False),
+    ]
+
+
 def _optimize_block(block: nn.Module, dense: bool) -> OptimizedBlock:
     if isinstance(block, DepthwiseSeparableBlock):
         return OptimizedBlock([_folded(block.depthwise), _folded(block.pointwise)], None)
     assert isinstance(block, Bottleneck)
-    layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
-    if isinstance(block.shuffle_hidden, ChannelShuffle):
-        layers = absorb_shuffle(layers, block.shuffle_hidden.groups)
+    layers = hidden_layers(block)
     conv = block.expansion.conv
     assert isinstance(conv, nn.Conv2d | CondensedConv2d)
     if dense:
@@ -275,11 +290,7 @@ def _optimize_block(block: nn.Module, dense: bool) -> OptimizedBlock:
         layers = replace(layers, projection=projection)
     else:
         layers = min(forms(layers, conv.in_channels), key=lambda form: estimated_time(form, conv.in_channels))
-    parts: list[nn.Module] = [
-        FoldedConv2d(layers.expansion, act=True),
-        FoldedConv2d(layers.depthwise, act=True),
-        FoldedConv2d(layers.projection, act=False),
-    ]
+    parts = optimized_layers(layers)
     if isinstance(block.shuffle_out, ChannelShuffle):
         parts.append(copy.deepcopy(block.shuffle_out))
     shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None

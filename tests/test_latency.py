@@ -4,6 +4,7 @@ import json
 
 import latency
 import pytest
+import rewrite_choice
 import timm
 import torch
 from conftest import with_random_masks
@@ -12,6 +13,7 @@ from timing import MIN_ROUNDS, interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.optimizing import forms, hidden_layers
 
 
 def test_textbook_form_does_the_condensed_work():
@@ -74,3 +76,27 @@ def test_eager_keeps_the_thread_count_it_promises():
         (threads, layout) for threads in latency.THREADS for layout in ("NCHW", "channels_last")
     }
     assert torch.get_num_threads() == latency.THREADS[0]
+
+
+def test_rewrite_choice_times_every_form_of_a_bottleneck(tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", width_mult=0.25))
+    block = mz.condense(model).eval().blocks[3][0]
+    layers = hidden_layers(block)
+    expected = list(forms(layers, rewrite_choice.input_channels(block)))
+    rows = rewrite_choice.measure(block, size=4, seconds=0.0, folder=tmp_path)
+    assert [row["form"] for row in rows] == [rewrite_choice.describe(form) for form in expected]
+    assert len(rows) > 3
+    assert all(row["measured_us"] > 0 and row["estimated_us"] > 0 for row in rows)
+
+
+def test_rewrite_choice_sums_up():
+    times = {0: [(3.0, 10.0), (1.0, 12.0), (2.0, 20.0)], 1: [(1.0, 5.0), (2.0, 4.0)]}
+    rows = [
+        dict(model="m", block=block, estimated_us=estimated, measured_us=measured)
+        for block, forms in times.items()
+        for estimated, measured in forms
+    ]
+    expected = {"chosen": 17.0, "fastest": 14.0, "as condensed": 15.0, "slowest": 25.0}
+    assert rewrite_choice.totals(rows, "m") == expected
