@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 import mobilenets_zoo as mz
 
@@ -203,14 +202,12 @@ def all_figures(original_top1: dict[str, float]) -> list[Figure]:
             curves[short(name)] = [{key: float(row[key]) for key in columns} for row in csv.DictReader(file)]
     figures.append(Figure("training_curves", curves, draw_training_curves))
 
-    for name, entry in weights.items():
+    for name in weights:
         log = LOGS / f"{name}.masks.json"
         if log.exists():
             stages = json.loads(log.read_text())
             figures.append(Figure(f"hoyer_{short(name)}", hoyer(stages), draw_hoyer))
-            logged = "masks" in stages[0]  # logs of the first runs hold no masks
-            shown = mask_stages(stages) if logged else masks(mz.pretrained.WEIGHTS_DIR / entry.file)
-            figures.append(Figure(f"mask_{short(name)}", shown, draw_mask))
+            figures.append(Figure(f"mask_{short(name)}", mask_stages(stages), draw_mask))
     return figures
 
 
@@ -225,17 +222,6 @@ def hoyer(stages: list[dict[str, Any]]) -> dict[str, Any]:
             for number, (stage, table) in enumerate(zip(stages, tables, strict=True), 1)
         ],
     }
-
-
-def masks(file: Path, layers: tuple[str, ...] = ("3.1.expansion", "3.1.projection", "5.1.expansion")) -> dict[str, Any]:
-    """Returns which inputs each group reads, for a few layers of a weight file."""
-    state = load_file(file)
-    result = {}
-    for layer in layers:
-        index = state[f"blocks.{layer}.conv.index"].reshape(4, -1)
-        inputs = index.shape[1] * 4
-        result[f"blocks.{layer}"] = [[int(channel in set(row.tolist())) for channel in range(inputs)] for row in index]
-    return result
 
 
 def mask_stages(stages: list[dict[str, Any]], layer: str = "blocks.3.1.projection.conv") -> dict[str, Any]:

@@ -196,7 +196,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_t1_cifar100.sgd_e24_r32": _cfg(
             hf_hub_id="mobilenets-zoo/mobilenetv2_t1_cifar100", hf_hub_filename="model.safetensors"
         ),
-        "mobilenetv2_lgc_cifar100.sgd_e10_r32": _lgc_cfg(
+        "mobilenetv2_lgc_cifar100.kd_e16_r32": _lgc_cfg(
             hf_hub_id="mobilenets-zoo/mobilenetv2_lgc_cifar100", hf_hub_filename="model.safetensors"
         ),
         "mobilenetv2_lgc_exp_cifar100.untrained": _lgc_cfg(),
