@@ -94,13 +94,19 @@ def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
         ("this zoo", OURS, "D", data["zoo"]),
     ):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label, markersize=6)
-    for name, macs, top1 in data["zoo"]:
-        axes.annotate(name, (macs, top1), (5, -10), textcoords="offset points", fontsize=8, color=OURS)
+    label_in_turns(axes, data["zoo"], OURS)
     axes.plot([], [], "s", color=PEERS, label="published by others († best epoch on the test set)")
     axes.set(xscale="log", xlabel="MACs (millions, log scale)", ylabel="CIFAR-100 top-1 (%)")
     axes.margins(x=0.08, y=0.08)
     axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
+
+
+def label_in_turns(axes: Any, points: list[tuple[str, float, float]], color: str, above: bool = True) -> None:
+    """Names points above and below them in turns from left to right, the first one above if `above`."""
+    for i, (name, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
+        offset = (0, 7) if (i % 2 == 0) == above else (0, -14)
+        axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8, color=color, ha="center")
 
 
 def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
@@ -111,10 +117,8 @@ def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
         ("MobileNetV2 as usual for CIFAR, published top-1", PEERS, "s", data["peers"]),
     ):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label)
-        for name, milliseconds, top1 in points if color != ORIGINAL else ():
-            axes.annotate(
-                name, (milliseconds, top1), (0, 8), textcoords="offset points", fontsize=8, color=color, ha="center"
-            )
+        if color != ORIGINAL:
+            label_in_turns(axes, points, color, above=color == OURS)
     frontier: list[tuple[float, float]] = []
     for _, milliseconds, top1 in sorted((p for points in data.values() for p in points), key=lambda point: point[1]):
         if not frontier or top1 > frontier[-1][1]:
