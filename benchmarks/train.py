@@ -404,7 +404,7 @@ class Trainer:
 def keep_strided_depthwise_in_float32(model: nn.Module) -> None:
     """Takes depthwise convolutions with a stride out of autocast, in place.
 
-    Their gradient by the input takes oneDNN 5 to 200 times longer in bfloat16 than in float32: a fifth of a step.
+    Their gradient by the input takes oneDNN many times longer in bfloat16 than in float32.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.stride[0] > 1:
@@ -419,7 +419,7 @@ def _float32_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def keep_freed_memory() -> None:
     """Lets glibc keep freed memory for the next step.
 
-    By default every large tensor is mapped anew, and a step on the CPU spends a quarter of its time on page faults.
+    By default every large tensor is mapped anew, and a step on the CPU spends much of its time on page faults.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -14,7 +14,7 @@ from mobilenets_zoo.learned_group_conv import gather_channels_last
 __all__ = ["Convolution", "FoldedConv2d", "merge_groups", "spread_over_inputs"]
 
 # A gather in front of oneDNN's channels_last kernels pays where it saves so many multiply-adds per gathered value, else
-# zeros in a dense weight cost less. Measured on one and two threads, AVX-512, batch 1 and 8.
+# zeros in a dense weight cost less. Chosen between the break-even points of one thread and of two (AVX-512).
 GATHER_MIN_SAVED_MACS = 128
 
 
