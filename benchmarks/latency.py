@@ -104,6 +104,20 @@ def without_shuffles(model: nn.Module) -> nn.Module:
     return result
 
 
+def with_random_batchnorm(model: nn.Module) -> nn.Module:
+    """Gives BatchNorm shifts and statistics other than zero, as training does.
+
+    With zeros, files come out without the convolutions' biases, and ONNX Runtime fuses additions into convolutions
+    that have one only.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for shift in (module.bias, module.running_mean):
+                assert shift is not None
+                nn.init.normal_(shift, std=0.1)
+    return model
+
+
 def zoo_model(name: str) -> tuple[nn.Module, str]:
     """Returns a model and the tag of its weights, or "random"."""
     try:
@@ -114,7 +128,7 @@ def zoo_model(name: str) -> tuple[nn.Module, str]:
         for module in model.modules():
             if isinstance(module, mz.LearnedGroupConv2d):
                 module.prune_(module.in_channels // module.condense_factor)
-        return model.eval(), "random"
+        return with_random_batchnorm(model).eval(), "random"
     return timm.create_model(name, pretrained=True).eval(), entry.tag
 
 
@@ -158,7 +172,7 @@ def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
             add("gc without shuffles", "optimized", weights, mz.optimize_for_inference(ceiling), None)
     for name, create in PEERS.items() if peers else ():
         torch.manual_seed(0)
-        peer = create().eval()
+        peer = with_random_batchnorm(create()).eval()
         add(name, "plain", "random", peer, peer)
     return entries
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import timm
 from figures import all_figures
+from latency import THREADS
+from rewrite_choice import totals
 
 import mobilenets_zoo as mz
 
@@ -202,6 +204,19 @@ def files_table() -> str:
     return markdown(["model", "form", "precision", "MACs (M)", "file (MB)", "peak memory (MiB)"], rows)
 
 
+def rewrite_choice_table() -> str:
+    document = json.loads((RESULTS / "rewrite_choice.json").read_text())
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in document["rows"]):
+        for threads in THREADS:
+            sums = totals(document["rows"], model, threads)
+            rows.append([f"`{model}`", str(threads), *(f"{value / 1000:.2f}" for value in sums.values())])
+    env = document["environment"]
+    header = ["model", "threads", "chosen (ms)", "fastest (ms)", "as condensed (ms)", "slowest (ms)"]
+    source = f"Measured on {env['device']}, onnxruntime {env['onnxruntime']}, one image; medians of interleaved runs."
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
 def finetune_table() -> str:
     document = json.loads((RESULTS / "finetune.json").read_text())
     groups: dict[tuple[str, str, int], dict[str, list[float]]] = {}
@@ -244,6 +259,7 @@ def generated() -> dict[Path, str]:
     with_table(ROOT / "docs" / "models.md", "models", models_table(costs), texts)
     with_table(ROOT / "docs" / "models.md", "weights", weights_table(), texts)
     with_table(ROOT / "docs" / "design.md", "condensed-layer", condensed_layer_table(), texts)
+    with_table(ROOT / "docs" / "design.md", "rewrite-choice", rewrite_choice_table(), texts)
     condensing = ROOT / "docs" / "condensing.md"
     for precision in ("fp32", "int8"):
         with_table(condensing, f"latency-{precision}", latency_table(precision), texts)

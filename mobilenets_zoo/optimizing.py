@@ -26,12 +26,21 @@ __all__ = ["OptimizedNetwork", "optimize_for_inference"]
 # Widths that fill a 512-bit register of float32 values: kernels for blocked layouts take multiples of it only.
 SIMD_CHANNELS = 16
 
-# Nanoseconds on one thread, read off ONNX Runtime's profiles (AVX-512, batch 1) of all forms of the zoo's bottlenecks.
-# Only their ratios matter. A blocked kernel computes on a layout in blocks of SIMD_CHANNELS, a plain one on NCHW.
-BLOCKED_MAC, BLOCKED_OUTPUT = 0.0185, 0.13  # per multiply-add, per value written
-PLAIN_MAC, PLAIN_INPUT, PLAIN_OUTPUT = 0.020, 0.13, 0.17  # per multiply-add, per value packed, per value written
-DEPTHWISE_VALUE = 0.4
-TO_PLAIN, TO_BLOCKED, GATHER = 0.18, 0.12, 0.18  # per value moved
+# Nanoseconds that ONNX Runtime takes per unit of `work`, fitted by benchmarks/rewrite_choice.py to the timings of every
+# form of the zoo's bottlenecks with one image on two threads (AVX-512). Only their ratios matter,
+# and single ones say little: what a convolution reads and writes goes hand in hand with what is moved around it.
+COSTS = {
+    "blocked multiply-adds": 0.00977,
+    "blocked outputs": 0.0,
+    "plain multiply-adds": 0.00964,
+    "plain inputs": 0.0149,
+    "plain outputs": 0.129,
+    "depthwise outputs": 0.29,
+    "values to plain": 0.165,
+    "values to blocked": 0.0366,
+    "gathered values": 0.162,
+    "gathers": 1050.0,
+}
 
 # Verification: the largest error relative to the outputs' scale.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -126,31 +135,51 @@ def is_blocked(convolution: Convolution) -> bool:
     return convolution.groups == 1 or (outputs % SIMD_CHANNELS == 0 and inputs % SIMD_CHANNELS == 0)
 
 
-def estimated_time(layers: HiddenLayers, in_channels: int) -> float:
-    """Returns nanoseconds per pixel of the bottleneck's input, to compare forms of one bottleneck."""
+def work(layers: HiddenLayers, in_channels: int, size: int) -> dict[str, int]:
+    """Returns how often a bottleneck does what `COSTS` names, for one image.
+
+    A blocked kernel computes on a layout in blocks of `SIMD_CHANNELS`, a plain one on NCHW. What stands around the
+    bottleneck and its depthwise convolution are blocked.
+
+    Args:
+        layers: the bottleneck's.
+        in_channels: the bottleneck's.
+        size: height and width of its input.
+    """
+    result = dict.fromkeys(COSTS, 0)
 
     def blocks(channels: int) -> int:
         return -(-channels // SIMD_CHANNELS) * SIMD_CHANNELS
 
-    def gathering(convolution: Convolution, channels: int) -> float:
-        """From `channels` in blocked layout to what the convolution reads."""
-        if convolution.index is None:
-            return 0.0 if is_blocked(convolution) else TO_PLAIN * channels
-        return TO_PLAIN * channels + (GATHER + TO_BLOCKED * is_blocked(convolution)) * len(convolution.index)
-
-    def convolving(convolution: Convolution) -> float:
-        """From what the convolution reads to its outputs in blocked layout."""
+    def add(convolution: Convolution, channels: int, pixels: int) -> None:
         groups, inputs = convolution.groups, convolution.weight.shape[1]
-        outputs = len(convolution.weight) // groups
-        if is_blocked(convolution):
-            return groups * blocks(outputs) * (BLOCKED_MAC * blocks(inputs) + BLOCKED_OUTPUT)
-        time = groups * (PLAIN_MAC * outputs * inputs + PLAIN_INPUT * inputs + PLAIN_OUTPUT * outputs)
-        return time + TO_BLOCKED * groups * outputs
+        outputs, blocked = len(convolution.weight) // groups, is_blocked(convolution)
+        if convolution.index is not None or not blocked:
+            result["values to plain"] += pixels * channels
+        if convolution.index is not None:
+            result["gathers"] += 1
+            result["gathered values"] += pixels * len(convolution.index)
+            result["values to blocked"] += pixels * len(convolution.index) if blocked else 0
+        if blocked:
+            result["blocked multiply-adds"] += pixels * groups * blocks(outputs) * blocks(inputs)
+            result["blocked outputs"] += pixels * groups * blocks(outputs)
+        else:
+            result["plain multiply-adds"] += pixels * groups * outputs * inputs
+            result["plain inputs"] += pixels * groups * inputs
+            result["plain outputs"] += pixels * groups * outputs
+            result["values to blocked"] += pixels * groups * outputs
 
     hidden = len(layers.expansion.weight)
-    behind_stride = DEPTHWISE_VALUE * hidden + gathering(layers.projection, hidden) + convolving(layers.projection)
-    in_front = gathering(layers.expansion, in_channels) + convolving(layers.expansion)
-    return in_front + behind_stride / layers.depthwise.stride**2
+    pixels = math.ceil(size / layers.depthwise.stride) ** 2
+    add(layers.expansion, in_channels, size**2)
+    result["depthwise outputs"] += pixels * hidden
+    add(layers.projection, hidden, pixels)
+    return result
+
+
+def estimated_time(layers: HiddenLayers, in_channels: int, size: int) -> float:
+    """Returns nanoseconds for one image, to compare forms of one bottleneck; arguments as of `work`."""
+    return sum(COSTS[key] * amount for key, amount in work(layers, in_channels, size).items())
 
 
 def forms(layers: HiddenLayers, in_channels: int) -> Iterator[HiddenLayers]:
@@ -243,10 +272,15 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     source = condense(model) if learned_layers(model) else copy.deepcopy(model)
     source.eval()
     assert isinstance(source, MobileNetBase)
-    blocks = nn.Sequential(*(_optimize_block(block, dense) for row in source.blocks for block in row))  # type: ignore[attr-defined]
-    head_conv = _folded(source.head_conv) if isinstance(source.head_conv, ConvBn) else nn.Identity()
     assert isinstance(source.stem, ConvBn)
-    network = OptimizedNetwork(_folded(source.stem), blocks, head_conv, source)
+    stem = _folded(source.stem)
+    size = math.ceil(dict(source.pretrained_cfg)["input_size"][-1] / stem.stride)  # type: ignore[arg-type]
+    blocks = nn.Sequential()
+    for block in (block for row in source.blocks for block in row):  # type: ignore[attr-defined]
+        blocks.append(_optimize_block(block, size, dense))
+        size = math.ceil(size / block.depthwise.conv.stride[0])
+    head_conv = _folded(source.head_conv) if isinstance(source.head_conv, ConvBn) else nn.Identity()
+    network = OptimizedNetwork(stem, blocks, head_conv, source)
 
     weight = network.stem.get_parameter("weight")
     if weight.dtype in TOLERANCES and not weight.is_meta:
@@ -276,7 +310,8 @@ def optimized_layers(layers: HiddenLayers) -> list[nn.Module]:
     ]
 
 
-def _optimize_block(block: nn.Module, dense: bool) -> OptimizedBlock:
+def _optimize_block(block: nn.Module, size: int, dense: bool) -> OptimizedBlock:
+    """Rewrites a block whose input is `size` pixels wide."""
     if isinstance(block, DepthwiseSeparableBlock):
         return OptimizedBlock([_folded(block.depthwise), _folded(block.pointwise)], None)
     assert isinstance(block, Bottleneck)
@@ -289,7 +324,7 @@ def _optimize_block(block: nn.Module, dense: bool) -> OptimizedBlock:
         projection = spread_over_inputs(layers.projection, len(layers.expansion.weight))
         layers = replace(layers, projection=projection)
     else:
-        layers = min(forms(layers, conv.in_channels), key=lambda form: estimated_time(form, conv.in_channels))
+        layers = min(forms(layers, conv.in_channels), key=lambda form: estimated_time(form, conv.in_channels, size))
     parts = optimized_layers(layers)
     if isinstance(block.shuffle_out, ChannelShuffle):
         parts.append(copy.deepcopy(block.shuffle_out))

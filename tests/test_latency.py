@@ -13,7 +13,7 @@ from timing import MIN_ROUNDS, interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.optimizing import forms, hidden_layers
+from mobilenets_zoo.optimizing import COSTS, forms, hidden_layers
 
 
 def test_textbook_form_does_the_condensed_work():
@@ -88,15 +88,42 @@ def test_rewrite_choice_times_every_form_of_a_bottleneck(tmp_path):
     rows = rewrite_choice.measure(block, size=4, seconds=0.0, folder=tmp_path)
     assert [row["form"] for row in rows] == [rewrite_choice.describe(form) for form in expected]
     assert len(rows) > 3
-    assert all(row["measured_us"] > 0 and row["estimated_us"] > 0 for row in rows)
+    assert all(row["us_1"] > 0 and row["us_2"] > 0 for row in rows)
+    assert all(row["work"].keys() == COSTS.keys() for row in rows)
 
 
 def test_rewrite_choice_sums_up():
-    times = {0: [(3.0, 10.0), (1.0, 12.0), (2.0, 20.0)], 1: [(1.0, 5.0), (2.0, 4.0)]}
+    times = {0: [(3, 10.0), (1, 12.0), (2, 20.0)], 1: [(1, 5.0), (2, 4.0)]}
+    idle = dict.fromkeys(COSTS, 0)
     rows = [
-        dict(model="m", block=block, estimated_us=estimated, measured_us=measured)
+        dict(model="m", block=block, work=idle | {"gathers": gathers}, us_1=time, us_2=2.0 * time)
         for block, forms in times.items()
-        for estimated, measured in forms
+        for gathers, time in forms
     ]
     expected = {"chosen": 17.0, "fastest": 14.0, "as condensed": 15.0, "slowest": 25.0}
-    assert rewrite_choice.totals(rows, "m") == expected
+    assert rewrite_choice.totals(rows, "m", 1) == expected
+    assert rewrite_choice.totals(rows, "m", 2) == {key: 2.0 * value for key, value in expected.items()}
+
+
+def test_rewrite_choice_finds_the_costs_behind_timings():
+    generator = torch.Generator().manual_seed(0)
+    costs = dict(zip(COSTS, (1.0, 2.0, 0.5, 3.0, 0.25, 4.0, 0.0, 0.125, 6.0, 1000.0), strict=True))
+    rows = []
+    for i in range(60):
+        amounts = torch.randint(1000, (len(COSTS),), generator=generator).tolist()
+        work = dict(zip(COSTS, amounts, strict=True)) | {"gathers": i % 3}
+        nanoseconds = sum(costs[key] * amount for key, amount in work.items())
+        # What all forms of a bottleneck share doesn't matter.
+        rows.append(dict(model="m", block=i // 4, work=work, us_2=nanoseconds / 1000.0 + 50.0 * (i // 4)))
+    assert rewrite_choice.fitted_costs(rows) == pytest.approx(costs, abs=1e-6)
+
+
+def test_random_weights_keep_their_biases_in_the_file(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model, weights = latency.zoo_model("mobilenetv2_lgc_gc_cifar100")
+    assert weights == "random"
+    mz.export_onnx(mz.optimize_for_inference(model), tmp_path / "model.onnx")
+    convolutions = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "Conv"]
+    shortcuts = sum(len(node.input) == 2 for node in convolutions)
+    assert shortcuts == sum(".shortcut.conv" in name or name.endswith("shortcut.weight") for name in model.state_dict())
+    assert len(convolutions) > 50

@@ -1,12 +1,15 @@
 """Exact rewrites for inference: each on its own, then on every model."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import ALL_MODELS, LGC_MODELS, with_lively_statistics, with_random_masks
+from rewrite_choice import fitted_costs
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +18,8 @@ from mobilenets_zoo import optimizing
 from mobilenets_zoo.evaluation import preprocess
 from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 from mobilenets_zoo.optimizing import Convolution, HiddenLayers
+
+REWRITE_CHOICE = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "rewrite_choice.json"
 
 
 def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
@@ -135,28 +140,60 @@ def test_every_form_computes_the_same(expansion_groups):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "hidden", "outputs", "expansion_groups", "projection_groups"),
+    ("size", "inputs", "hidden", "outputs", "expansion_groups", "projection_groups"),
     [
-        (160, 960, 160, 4, 4),  # wide groups are worth a gather each
-        (32, 192, 32, 2, 1),  # few outputs share a gathered value; groups of 8 inputs don't fill a register
-        (16, 96, 24, 1, 1),
+        (8, 160, 960, 160, 4, 4),  # wide groups are worth a gather each
+        (32, 32, 192, 32, 2, 1),  # few outputs share a gathered value; groups of 8 inputs don't fill a register
+        (32, 16, 96, 24, 1, 1),
     ],
 )
-def test_the_cheapest_form_depends_on_the_widths(inputs, hidden, outputs, expansion_groups, projection_groups):
+def test_the_cheapest_form_depends_on_the_widths(size, inputs, hidden, outputs, expansion_groups, projection_groups):
     layers = hidden_layers(4, inputs, hidden, outputs)
-    best = min(optimizing.forms(layers, inputs), key=lambda form: optimizing.estimated_time(form, inputs))
+    best = min(optimizing.forms(layers, inputs), key=lambda form: optimizing.estimated_time(form, inputs, size))
     assert (best.expansion.groups, best.projection.groups) == (expansion_groups, projection_groups)
     assert (best.projection.index is None) == (projection_groups == 1)
 
 
 def test_estimated_time_knows_work_from_no_work():
     layers = hidden_layers(groups=4, inputs=64, hidden=384, outputs=64)
-    time = optimizing.estimated_time(layers, 64)
-    assert optimizing.estimated_time(optimizing.remove_dead_hidden(layers), 64) < time
+    time = optimizing.estimated_time(layers, 64, 16)
+    assert optimizing.estimated_time(optimizing.remove_dead_hidden(layers), 64, 16) < time
+    assert optimizing.estimated_time(layers, 64, 8) < time
     strided = replace(layers, depthwise=replace(layers.depthwise, stride=2))
-    assert optimizing.estimated_time(strided, 64) < time
+    assert optimizing.estimated_time(strided, 64, 16) < time
     no_gather = replace(layers, projection=replace(layers.projection, index=None))
-    assert optimizing.estimated_time(no_gather, 64) < time
+    assert optimizing.estimated_time(no_gather, 64, 16) < time
+
+
+def test_work_is_counted():
+    layers = hidden_layers(groups=4, inputs=64, hidden=384, outputs=64)
+    strided = replace(layers, depthwise=replace(layers.depthwise, stride=2))
+    # The expansion's groups are 16 to 96 channels, the projection's 96 to 16: multiples of a register's width.
+    expected = dict.fromkeys(optimizing.COSTS, 0) | {
+        "blocked multiply-adds": 256 * 384 * 16 + 64 * 64 * 96,
+        "blocked outputs": 256 * 384 + 64 * 64,
+        "depthwise outputs": 64 * 384,
+        "values to plain": 64 * 384,
+        "values to blocked": 64 * 384,
+        "gathered values": 64 * 384,
+        "gathers": 1,
+    }
+    assert optimizing.work(strided, 64, 16) == expected
+    # Groups of 6 outputs aren't blocked.
+    plain = replace(strided, projection=replace(layers.projection, weight=layers.projection.weight[:24]))
+    expected |= {
+        "blocked multiply-adds": 256 * 384 * 16,
+        "blocked outputs": 256 * 384,
+        "plain multiply-adds": 64 * 24 * 96,
+        "plain inputs": 64 * 384,
+        "plain outputs": 64 * 24,
+        "values to blocked": 64 * 24,
+    }
+    assert optimizing.work(plain, 64, 16) == expected
+
+
+def test_costs_are_those_that_fit_the_timings():
+    assert fitted_costs(json.loads(REWRITE_CHOICE.read_text())["rows"]) == optimizing.COSTS
 
 
 def test_a_shuffle_becomes_the_reading_order():
