@@ -72,11 +72,13 @@ class ReorderedWeight:
     Attributes:
         made_from: weight and index of the module. Held, because a new tensor could take a dead one's address.
         versions: how often they had been written in place.
+        size: (height, width) of the input that the order is for; with another, some layers take 100 times as long.
         weight, groups, index: of the convolution to compute.
     """
 
     made_from: tuple[torch.Tensor, Optional[torch.Tensor]]
     versions: tuple[Optional[int], ...]
+    size: torch.Size
     weight: torch.Tensor
     groups: int
     index: Optional[torch.Tensor]
@@ -87,8 +89,8 @@ class FoldedConv2d(nn.Module):
 
     On processors, in float32 and without gradients, oneDNN computes convolution and activation at once in
     channels_last, from a weight in an order of its own and without a gather that doesn't pay: the first forward pass
-    keeps that weight; loading, moving or writing parameters in place renews it. Writes through `weight.data` go
-    unnoticed: rewrite the network again.
+    keeps that weight; inputs of another height or width renew it, and so does loading, moving or writing parameters in
+    place. Writes through `weight.data` go unnoticed: rewrite the network again.
     """
 
     index: Optional[torch.Tensor]
@@ -126,8 +128,9 @@ class FoldedConv2d(nn.Module):
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
         kept, made_from = self._reordered, (self.weight, self.index)
         versions = tuple(None if t is None or t.is_inference() else t._version for t in made_from)
-        if kept is None or kept.versions != versions or any(map(operator.is_not, kept.made_from, made_from)):
-            kept = self._reordered = ReorderedWeight(made_from, versions, *self._reorder(x))
+        fresh = kept is not None and kept.versions == versions and kept.size == x.shape[2:]
+        if kept is None or not fresh or any(map(operator.is_not, kept.made_from, made_from)):
+            kept = self._reordered = ReorderedWeight(made_from, versions, x.shape[2:], *self._reorder(x))
         x = x.contiguous(memory_format=torch.channels_last)
         if kept.index is not None:
             x = gather_channels_last(x, kept.index)
@@ -136,7 +139,7 @@ class FoldedConv2d(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, kept.weight, self.bias, *geometry, *activation)
 
     def _reorder(self, x: torch.Tensor) -> tuple[torch.Tensor, int, Optional[torch.Tensor]]:
-        """Returns weight, groups and index for `_fused`. Any x gets the same result, one of this shape the fastest."""
+        """Returns weight, groups and index for `_fused`, in the order that suits inputs as large as x best."""
         convolution = Convolution(self.weight.detach(), self.bias, self.groups, self.stride, self.index)
         size = list(x.shape)
         if self.index is not None:

@@ -56,6 +56,20 @@ def test_every_shape_gets_the_same_result(kind, memory_format):
 
 
 @torch.no_grad()
+def test_weights_are_reordered_for_each_size_but_not_for_each_batch():
+    conv = layer(64, 96)
+
+    def reordered_for(*shape: int) -> folded_conv.ReorderedWeight:
+        conv(torch.randn(shape))
+        return conv._reordered
+
+    first = reordered_for(1, 64, 8, 8)
+    assert reordered_for(3, 64, 8, 8) is first
+    second = reordered_for(1, 64, 4, 8)
+    assert (first.size, second.size) == ((8, 8), (4, 8))
+
+
+@torch.no_grad()
 def test_new_values_are_seen():
     conv = layer(64, 96, groups=4, gather=True)
     x = torch.randn(2, 64, 6, 6)
