@@ -213,7 +213,29 @@ def _onnx_bytes(network: nn.Module, sample: torch.Tensor, preprocessing: bool) -
     finally:
         logging.disable(level)
     assert program is not None
-    return program.model_proto
+    content = program.model_proto
+    _use_global_average_pool(content.graph)
+    return content
+
+
+def _use_global_average_pool(graph: Any) -> None:
+    """Turns means over height and width into the operator for it, which ONNX Runtime computes in blocked layouts."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
+    replaced = set()
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or ranks.get(node.input[0]) != 4:
+            continue
+        keeps_dimensions = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        axes = constants.get(node.input[1])
+        if keeps_dimensions and axes is not None and sorted(numpy_helper.to_array(axes) % 4) == [2, 3]:
+            node.op_type = "GlobalAveragePool"
+            replaced.add(axes.name)
+            del node.input[1:], node.attribute[:]
+    for name in replaced.difference(*(node.input for node in graph.node)):
+        graph.initializer.remove(constants[name])
 
 
 def _metadata(cfg: dict[str, Any], size: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> list[Any]:

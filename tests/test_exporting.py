@@ -58,6 +58,21 @@ def test_the_form_is_kept(form, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class Means(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = [x.mean((2, 3), keepdim=True), x.mean((-1, -2), keepdim=True)]
+        others = [x.mean((1, 2)), x.mean((2, 3)), x.mean(1).mean((1, 2), keepdim=True)]
+        return torch.cat([mean.flatten(1) for mean in pooled + others], 1)
+
+
+def test_global_means_become_pooling(tmp_path):
+    mz.export_onnx(Means(), tmp_path / "model.onnx", input_size=(3, 8, 8))  # compares the outputs
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert (operators.count("GlobalAveragePool"), operators.count("ReduceMean")) == (2, 4)
+    assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
+
+
 def test_preprocessing_inside_is_timms_own(tmp_path):
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
