@@ -166,11 +166,13 @@ ORT_HEADER = ["1 thread, batch 1", "2 threads, batch 1", "1 thread, batch 64", "
 def latency_table(precision: str) -> str:
     document = load_latency()
     rows = ratio_rows(document, ORT_CELLS, (1, 4, 8, 64), runtime="onnxruntime", precision=precision)
-    reference = milliseconds(
-        document, model=REFERENCE[0], form=REFERENCE[1], runtime="onnxruntime", precision=precision, threads=1, batch=1
-    )
-    assert reference is not None
-    note = f"1.00 is {reference:.2f} ms per image at batch 1 on 1 thread. {latency_source(document)}"
+    cell = dict(model=REFERENCE[0], form=REFERENCE[1], runtime="onnxruntime", precision=precision, batch=1)
+    times = []
+    for threads in THREADS:
+        row = next(row for row in document["rows"] if (cell | {"threads": threads}).items() <= row.items())
+        times.append(f"{row['ms']:.2f} ({row['p10']:.2f} to {row['p90']:.2f}) ms on {_count(threads, 'thread')}")
+    note = f"1.00 is, per image at batch 1, {', '.join(times)}: median and 10th to 90th percentile."
+    note += f" {latency_source(document)}"
     return f"{markdown(['model', 'form', *ORT_HEADER], rows)}\n\n{note}"
 
 

@@ -72,7 +72,7 @@ class ReorderedWeight:
     Attributes:
         made_from: weight and index of the module. Held, because a new tensor could take a dead one's address.
         versions: how often they had been written in place.
-        size: (height, width) of the input that the order is for; with another, some layers take 100 times as long.
+        size: (height, width) of the input that the order is for; some layers take far longer with another.
         weight, groups, index: of the convolution to compute.
     """
 

@@ -1,15 +1,12 @@
 """Exact rewrites for inference: each on its own, then on every model."""
 
 import copy
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import ALL_MODELS, LGC_MODELS, with_lively_statistics, with_random_masks
-from rewrite_choice import fitted_costs
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,8 +15,6 @@ from mobilenets_zoo import optimizing
 from mobilenets_zoo.evaluation import preprocess
 from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 from mobilenets_zoo.optimizing import Convolution, HiddenLayers
-
-REWRITE_CHOICE = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "rewrite_choice.json"
 
 
 def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
@@ -190,10 +185,6 @@ def test_work_is_counted():
         "values to blocked": 64 * 24,
     }
     assert optimizing.work(plain, 64, 16) == expected
-
-
-def test_costs_are_those_that_fit_the_timings():
-    assert fitted_costs(json.loads(REWRITE_CHOICE.read_text())["rows"]) == optimizing.COSTS
 
 
 def test_a_shuffle_becomes_the_reading_order():
