@@ -4,7 +4,8 @@
 
 Needs `pip install '.[onnx]'`; OpenVINO is timed where it is installed, a GPU where there is one. Within a cell
 (runtime, threads, batch) all forms run in turns and in changing order, so that drift of the machine hits all alike;
-what counts are ratios within a cell. Forms:
+what counts are ratios within a cell. Files are timed in several passes over all cells, with sessions made anew and in
+random order: a machine whose speed changes for minutes is met more than once. Forms:
 
 - plain: the network as it trains, BatchNorm unfused in eager PyTorch; masked layers compute like dense ones;
 - textbook: a gather, a grouped convolution and a channel shuffle per learned layer, as CondenseNet deploys it;
@@ -20,6 +21,7 @@ Models without weights get random weights and random finished masks, "weights" s
 import argparse
 import copy
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -39,7 +41,7 @@ import torchvision
 from environment import environment
 from rich.console import Console
 from rich.progress import Progress
-from timing import interleaved
+from timing import MIN_ROUNDS, interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -49,6 +51,7 @@ from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = (1, 2)
 BATCHES = {"onnxruntime": (1, 4, 8, 64), "openvino": (1, 64), "eager": (1, 8)}
+PASSES = 3
 CALIBRATION_IMAGES = 64
 
 # Prints the MiB by which a session and a run on one image raise a bare process's peak memory. Linux only; getrusage
@@ -235,14 +238,20 @@ def identity(row: dict[str, Any]) -> dict[str, Any]:
 def time_files(files: list[dict[str, Any]], runtime: str, seconds: float, progress: Progress) -> list[dict[str, Any]]:
     runner = ort_runner if runtime == "onnxruntime" else openvino_runner
     cells = [(threads, batch) for threads in THREADS for batch in BATCHES[runtime]]
-    rows = []
-    for threads, batch in progress.track(cells, description=runtime):
+    times: dict[tuple[int, int], list[list[float]]] = {cell: [[] for _ in files] for cell in cells}
+    for threads, batch in progress.track(cells * PASSES, description=runtime):
         x = np.random.default_rng(0).standard_normal((batch, 3, 32, 32)).astype(np.float32)
-        runs = [partial(runner(file["path"], threads), x) for file in files]
-        for file, times in zip(files, interleaved(runs, seconds), strict=True):
-            cell = dict(runtime=runtime, threads=threads, batch=batch)
-            rows.append(identity(file) | cell | summary(times, batch))
-    return rows
+        # When a session is made decides where its buffers lie, which shifts its times by several per cent.
+        order = random.sample(range(len(files)), len(files))
+        runs = [partial(runner(files[i]["path"], threads), x) for i in order]
+        timed = interleaved(runs, seconds / PASSES, min_rounds=math.ceil(MIN_ROUNDS / PASSES))
+        for i, new in zip(order, timed, strict=True):
+            times[threads, batch][i] += new
+    return [
+        identity(file) | dict(runtime=runtime, threads=threads, batch=batch) | summary(values, batch)
+        for threads, batch in cells
+        for file, values in zip(files, times[threads, batch], strict=True)
+    ]
 
 
 @torch.inference_mode()

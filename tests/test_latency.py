@@ -1,6 +1,7 @@
 """The latency benchmark: its forms, its cells and what it writes."""
 
 import json
+import time
 
 import latency
 import pytest
@@ -66,6 +67,27 @@ def test_run_writes_one_document(tmp_path, monkeypatch):
     assert len(document["files"]) == 6  # plain, optimized and the peer, in fp32 and int8
     assert all(file["bytes"] > 0 and file["peak_mib"] > 0 for file in document["files"])
     assert all(row["p10"] <= row["ms"] <= row["p90"] for row in document["rows"])
+
+
+def test_files_are_timed_in_new_sessions_each_pass(monkeypatch):
+    made: list[str] = []
+
+    def runner(path, threads):
+        made.append(path)
+        return lambda x: time.sleep(0.003 if path == "slow" else 0.0)
+
+    monkeypatch.setattr(latency, "ort_runner", runner)
+    monkeypatch.setattr(latency, "BATCHES", {"onnxruntime": (1, 2)})
+    files = [dict(model=path, form="plain", precision="fp32", path=path) for path in ("slow", "fast", "faster")]
+    with Progress(disable=True) as progress:
+        rows = latency.time_files(files, "onnxruntime", 0.0, progress)
+    cells = [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(row["threads"], row["batch"], row["model"]) for row in rows] == [
+        (*cell, file["model"]) for cell in cells for file in files
+    ]
+    assert all(made.count(file["path"]) == latency.PASSES * len(cells) for file in files)
+    # Sessions are made in random order; times still belong to the file that took them.
+    assert all((row["ms"] >= 3.0 / row["batch"]) == (row["model"] == "slow") for row in rows)
 
 
 def test_eager_keeps_the_thread_count_it_promises():
