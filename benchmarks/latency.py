@@ -241,7 +241,7 @@ def time_files(files: list[dict[str, Any]], runtime: str, seconds: float, progre
     times: dict[tuple[int, int], list[list[float]]] = {cell: [[] for _ in files] for cell in cells}
     for threads, batch in progress.track(cells * PASSES, description=runtime):
         x = np.random.default_rng(0).standard_normal((batch, 3, 32, 32)).astype(np.float32)
-        # When a session is made decides where its buffers lie, which shifts its times by several per cent.
+        # In random order, so that no file gains or loses each time by when its session is made.
         order = random.sample(range(len(files)), len(files))
         runs = [partial(runner(files[i]["path"], threads), x) for i in order]
         timed = interleaved(runs, seconds / PASSES, min_rounds=math.ceil(MIN_ROUNDS / PASSES))
