@@ -5,7 +5,8 @@
 Needs `pip install '.[onnx]'`; OpenVINO is timed where it is installed, a GPU where there is one. Within a cell
 (runtime, threads, batch) all forms run in turns and in changing order, so that drift of the machine hits all alike;
 what counts are ratios within a cell. Files are timed in several passes over all cells, with sessions made anew and in
-random order: a machine whose speed changes for minutes is met more than once. Forms:
+random order: a machine whose speed changes for minutes is met more than once. Each pass keeps its own medians, because
+times at two speeds of the machine, pooled, have a median that falls on either. Forms:
 
 - plain: the network as it trains, BatchNorm unfused in eager PyTorch; masked layers compute like dense ones;
 - textbook: a gather, a grouped convolution and a channel shuffle per learned layer, as CondenseNet deploys it;
@@ -21,7 +22,6 @@ Models without weights get random weights and random finished masks, "weights" s
 import argparse
 import copy
 import json
-import math
 import random
 import statistics
 import subprocess
@@ -41,7 +41,7 @@ import torchvision
 from environment import environment
 from rich.console import Console
 from rich.progress import Progress
-from timing import MIN_ROUNDS, interleaved
+from timing import interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -52,6 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 THREADS = (1, 2)
 BATCHES = {"onnxruntime": (1, 4, 8, 64), "openvino": (1, 64), "eager": (1, 8)}
 PASSES = 3
+# Runs of each form that a pass makes even where they take longer than their share of time.
+PASS_ROUNDS = 2
 CALIBRATION_IMAGES = 64
 
 # Prints the MiB by which a session and a run on one image raise a bare process's peak memory. Linux only; getrusage
@@ -224,11 +226,12 @@ def openvino_runner(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
     return lambda x: request.infer([x])
 
 
-def summary(times: list[float], batch: int) -> dict[str, float]:
-    """Returns milliseconds per image: median and the 10th and 90th percentile."""
-    per_image = [1000.0 * t / batch for t in times]
-    low, *_, high = statistics.quantiles(per_image, n=10)
-    return {"ms": round(statistics.median(per_image), 5), "p10": round(low, 5), "p90": round(high, 5)}
+def summary(passes: list[list[float]], batch: int) -> dict[str, Any]:
+    """Returns milliseconds per image: median of each pass and of these, 10th and 90th percentile of all times."""
+    per_image = [[1000.0 * t / batch for t in times] for times in passes]
+    medians = [round(statistics.median(times), 5) for times in per_image]
+    low, *_, high = statistics.quantiles([t for times in per_image for t in times], n=10)
+    return {"ms": statistics.median(medians), "passes": medians, "p10": round(low, 5), "p90": round(high, 5)}
 
 
 def identity(row: dict[str, Any]) -> dict[str, Any]:
@@ -238,19 +241,19 @@ def identity(row: dict[str, Any]) -> dict[str, Any]:
 def time_files(files: list[dict[str, Any]], runtime: str, seconds: float, progress: Progress) -> list[dict[str, Any]]:
     runner = ort_runner if runtime == "onnxruntime" else openvino_runner
     cells = [(threads, batch) for threads in THREADS for batch in BATCHES[runtime]]
-    times: dict[tuple[int, int], list[list[float]]] = {cell: [[] for _ in files] for cell in cells}
+    passes: dict[tuple[int, int], list[list[list[float]]]] = {cell: [[] for _ in files] for cell in cells}
     for threads, batch in progress.track(cells * PASSES, description=runtime):
         x = np.random.default_rng(0).standard_normal((batch, 3, 32, 32)).astype(np.float32)
         # In random order, so that no file gains or loses each time by when its session is made.
         order = random.sample(range(len(files)), len(files))
         runs = [partial(runner(files[i]["path"], threads), x) for i in order]
-        timed = interleaved(runs, seconds / PASSES, min_rounds=math.ceil(MIN_ROUNDS / PASSES))
-        for i, new in zip(order, timed, strict=True):
-            times[threads, batch][i] += new
+        timed = interleaved(runs, seconds / PASSES, min_rounds=PASS_ROUNDS)
+        for i, times in zip(order, timed, strict=True):
+            passes[threads, batch][i].append(times)
     return [
         identity(file) | dict(runtime=runtime, threads=threads, batch=batch) | summary(values, batch)
         for threads, batch in cells
-        for file, values in zip(files, times[threads, batch], strict=True)
+        for file, values in zip(files, passes[threads, batch], strict=True)
     ]
 
 
@@ -266,7 +269,7 @@ def time_eager(entries: list[dict[str, Any]], seconds: float, progress: Progress
         timed = interleaved([partial(network, x) for network in networks], seconds)
         for entry, times in zip(entries, timed, strict=True):
             cell = dict(precision="fp32", runtime="eager", layout=layout, threads=threads, batch=batch)
-            rows.append({"model": entry["model"], "form": entry["form"]} | cell | summary(times, batch))
+            rows.append({"model": entry["model"], "form": entry["form"]} | cell | summary([times], batch))
     torch.set_num_threads(THREADS[0])
     return rows
 
@@ -288,7 +291,7 @@ def time_gpu(entries: list[dict[str, Any]], batch: int = 1024) -> list[dict[str,
                 times.append(time.perf_counter() - start)
         entry["network"].to("cpu", torch.float32)
         cell = dict(precision="bf16", runtime="eager on GPU", layout="channels_last", threads=0, batch=batch)
-        rows.append({"model": entry["model"], "form": entry["form"]} | cell | summary(times, batch))
+        rows.append({"model": entry["model"], "form": entry["form"]} | cell | summary([times], batch))
     return rows
 
 

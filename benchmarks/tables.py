@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 from figures import all_figures
-from latency import THREADS
+from latency import BATCHES, THREADS
 from rewrite_choice import totals
 
 import mobilenets_zoo as mz
@@ -137,53 +138,84 @@ def latency_source(document: dict[str, Any]) -> str:
     return f"Measured on {env['device']}, {versions}; medians of interleaved runs."
 
 
-def ratio_rows(
-    document: dict[str, Any], cells: list[dict[str, Any]], batches: tuple[int, ...] = (), **common: Any
-) -> list[list[str]]:
-    """Returns a row per model and form: the reference's time over its own, per cell and at the best of `batches`."""
+def pass_times(document: dict[str, Any], batches: tuple[int, ...], **wanted: Any) -> list[float]:
+    """Returns a form's milliseconds per image at the best of `batches`, per pass; none if it wasn't timed."""
+    rows = [row for row in document["rows"] if row["batch"] in batches and wanted.items() <= row.items()]
+    return [min(times) for times in zip(*(row["passes"] for row in rows), strict=True)]
 
-    def times(model: str, form: str) -> list[float | None]:
-        found = [milliseconds(document, model=model, form=form, **common, **cell) for cell in cells]
-        if not batches:
-            return found
-        per_batch = [milliseconds(document, model=model, form=form, threads=1, batch=b, **common) for b in batches]
-        return [*found, min((time for time in per_batch if time), default=None)]
 
-    reference = times(*REFERENCE)
+def ratios(document: dict[str, Any], model: str, form: str, batches: tuple[int, ...], **cell: Any) -> list[float]:
+    """Returns the reference's time over the form's, per pass: within one, the machine's speed hardly changes."""
+    times = pass_times(document, batches, model=model, form=form, **cell)
+    reference = pass_times(document, batches, model=REFERENCE[0], form=REFERENCE[1], **cell) if times else []
+    return [base / time for base, time in zip(reference, times, strict=True)]
+
+
+def ratio_rows(document: dict[str, Any], cells: list[dict[str, Any]], **common: Any) -> list[list[str]]:
+    """Returns a row per model and form: the median over passes of the reference's time over its own, per cell."""
     rows = []
     for model, form in dict.fromkeys((row["model"], row["form"]) for row in document["rows"]):
-        pairs = zip(reference, times(model, form), strict=True)
-        texts = [f"{base / time:.2f}" if base and time else "-" for base, time in pairs]
-        if set(texts) != {"-"}:
+        found = [ratios(document, model, form, **common, **cell) for cell in cells]
+        if any(found):
+            texts = [f"{statistics.median(values):.2f}" if values else "-" for values in found]
             rows.append([f"`{model}`" if "cifar100" in model else model, form, *texts])
     return rows
 
 
-ORT_CELLS = [dict(threads=1, batch=1), dict(threads=2, batch=1), dict(threads=1, batch=64), dict(threads=2, batch=64)]
-ORT_HEADER = ["1 thread, batch 1", "2 threads, batch 1", "1 thread, batch 64", "2 threads, batch 64", "best batch"]
+ORT_CELLS: dict[str, dict[str, Any]] = {
+    "1 thread, batch 1": dict(threads=1, batches=(1,)),
+    "2 threads, batch 1": dict(threads=2, batches=(1,)),
+    "1 thread, batch 64": dict(threads=1, batches=(64,)),
+    "2 threads, batch 64": dict(threads=2, batches=(64,)),
+    "best batch": dict(threads=1, batches=BATCHES["onnxruntime"]),
+}
 
 
 def latency_table(precision: str) -> str:
     document = load_latency()
-    rows = ratio_rows(document, ORT_CELLS, (1, 4, 8, 64), runtime="onnxruntime", precision=precision)
-    cell = dict(model=REFERENCE[0], form=REFERENCE[1], runtime="onnxruntime", precision=precision, batch=1)
+    rows = ratio_rows(document, list(ORT_CELLS.values()), runtime="onnxruntime", precision=precision)
+    cell = dict(model=REFERENCE[0], form=REFERENCE[1], runtime="onnxruntime", precision=precision)
     times = []
     for threads in THREADS:
-        row = next(row for row in document["rows"] if (cell | {"threads": threads}).items() <= row.items())
-        times.append(f"{row['ms']:.2f} ({row['p10']:.2f} to {row['p90']:.2f}) ms on {_count(threads, 'thread')}")
-    note = f"1.00 is, per image at batch 1, {', '.join(times)}: median and 10th to 90th percentile."
+        passes = pass_times(document, (1,), threads=threads, **cell)
+        times.append(f"{_median_and_range(passes)} ms on {_count(threads, 'thread')}")
+    note = f"1.00 is, per image at batch 1, {', '.join(times)}: median of {len(passes)} passes (lowest to highest)."
     note += f" {latency_source(document)}"
-    return f"{markdown(['model', 'form', *ORT_HEADER], rows)}\n\n{note}"
+    return f"{markdown(['model', 'form', *ORT_CELLS], rows)}\n\n{note}"
+
+
+# The forms that learned groups are sold on, and the network without any gather or shuffle that limits them.
+LIMITED = (
+    "mobilenetv2_lgc_cifar100",
+    "mobilenetv2_gc_lgc_cifar100",
+    "mobilenetv2_lgc_gc_cifar100",
+    "mobilenetv2_lgc_proj_cifar100",
+    "gc without shuffles",
+)
+
+
+def limit_table() -> str:
+    document = load_latency()
+    common: dict[str, Any] = dict(form="optimized", runtime="onnxruntime", precision="fp32")
+    rows = []
+    for model in LIMITED:
+        cells = [_median_and_range(ratios(document, model, **common, **cell)) for cell in ORT_CELLS.values()]
+        rows.append([f"`{model}`" if "cifar100" in model else model, *cells])
+    return markdown(["optimized", *ORT_CELLS], rows)
+
+
+def _median_and_range(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def eager_table() -> str:
     document = load_latency()
     cells: list[dict[str, Any]] = [
-        dict(threads=threads, batch=batch, layout=layout)
+        dict(threads=threads, batches=(batch,), layout=layout)
         for threads, batch in ((1, 1), (2, 1), (1, 8))
         for layout in ("NCHW", "channels_last")
     ]
-    columns = [f"{c['layout']}, {_count(c['threads'], 'thread')}, batch {c['batch']}" for c in cells]
+    columns = [f"{c['layout']}, {_count(c['threads'], 'thread')}, batch {c['batches'][0]}" for c in cells]
     header = ["model", "form", *columns]
     rows = ratio_rows(document, cells, runtime="eager")
     return f"{markdown(header, rows)}\n\n{latency_source(document)}"
@@ -191,8 +223,9 @@ def eager_table() -> str:
 
 def openvino_table() -> str:
     document = load_latency()
-    rows = ratio_rows(document, ORT_CELLS, runtime="openvino")
-    return f"{markdown(['model', 'form', *ORT_HEADER[:-1]], rows)}\n\n{latency_source(document)}"
+    cells = {header: cell for header, cell in ORT_CELLS.items() if header != "best batch"}
+    rows = ratio_rows(document, list(cells.values()), runtime="openvino")
+    return f"{markdown(['model', 'form', *cells], rows)}\n\n{latency_source(document)}"
 
 
 def files_table() -> str:
@@ -265,6 +298,7 @@ def generated() -> dict[Path, str]:
     condensing = ROOT / "docs" / "condensing.md"
     for precision in ("fp32", "int8"):
         with_table(condensing, f"latency-{precision}", latency_table(precision), texts)
+    with_table(condensing, "latency-limit", limit_table(), texts)
     with_table(condensing, "latency-eager", eager_table(), texts)
     with_table(condensing, "latency-openvino", openvino_table(), texts)
     with_table(condensing, "files", files_table(), texts)

@@ -6,6 +6,7 @@ import time
 import latency
 import pytest
 import rewrite_choice
+import tables
 import timm
 import torch
 from conftest import with_random_masks
@@ -49,9 +50,30 @@ def test_forms_take_turns():
     assert all(sorted(timed[i : i + 3]) == [0, 1, 2] for i in range(0, len(timed), 3))
 
 
-def test_summary_is_per_image():
-    values = latency.summary([0.008 * (i + 1) for i in range(11)], batch=8)
-    assert values == {"ms": 6.0, "p10": pytest.approx(1.2, abs=0.1), "p90": pytest.approx(10.8, abs=0.1)}
+def test_summary_takes_each_pass_on_its_own():
+    fast, slow = [0.008 * (i + 1) for i in range(11)], [0.016] * 3 + [0.08] * 8
+    values = latency.summary([slow, fast, fast], batch=8)
+    assert (values["ms"], values["passes"]) == (6.0, [10.0, 6.0, 6.0])
+    assert values["p10"] == pytest.approx(2.0, abs=0.5)
+    assert values["p90"] == pytest.approx(10.0, abs=0.5)
+
+
+def test_ratios_are_taken_within_a_pass():
+    reference = dict(zip(("model", "form"), tables.REFERENCE, strict=True))
+    fast = dict(model="fast", form="plain", threads=1)
+    rows = [
+        fast | dict(batch=1, passes=[1.0, 2.0, 1.0]),
+        fast | dict(batch=64, passes=[1.5, 1.0, 1.0]),
+        fast | reference | dict(batch=1, passes=[2.0, 3.0, 2.0]),
+        fast | reference | dict(batch=64, passes=[1.0, 4.0, 1.0]),
+    ]
+    cells = [dict(threads=1, batches=batches) for batches in ((1,), (64,), (1, 64), (8,))]
+    document = {"rows": rows}
+    assert tables.ratios(document, "fast", "plain", **cells[0]) == [2.0, 1.5, 2.0]
+    assert tables.ratio_rows(document, cells)[0] == ["fast", "plain", "2.00", "1.00", "1.00", "-"]
+    # The best batch is the best of each pass: 1.0, 3.0, 1.0 over 1.0, 1.0, 1.0.
+    assert tables.ratios(document, "fast", "plain", **cells[2]) == [1.0, 3.0, 1.0]
+    assert tables.ratios(document, "fast", "plain", **cells[3]) == []
 
 
 def test_run_writes_one_document(tmp_path, monkeypatch):
@@ -67,6 +89,8 @@ def test_run_writes_one_document(tmp_path, monkeypatch):
     assert len(document["files"]) == 6  # plain, optimized and the peer, in fp32 and int8
     assert all(file["bytes"] > 0 and file["peak_mib"] > 0 for file in document["files"])
     assert all(row["p10"] <= row["ms"] <= row["p90"] for row in document["rows"])
+    passes = {"onnxruntime": latency.PASSES, "eager": 1}
+    assert all(len(row["passes"]) == passes[row["runtime"]] for row in document["rows"])
 
 
 def test_files_are_timed_in_new_sessions_each_pass(monkeypatch):
