@@ -145,7 +145,7 @@ def pass_times(document: dict[str, Any], batches: tuple[int, ...], **wanted: Any
 
 
 def ratios(document: dict[str, Any], model: str, form: str, batches: tuple[int, ...], **cell: Any) -> list[float]:
-    """Returns the reference's time over the form's, per pass: within one, the machine's speed hardly changes."""
+    """Returns the reference's time over the form's, per pass, so that what changes between passes cancels."""
     times = pass_times(document, batches, model=model, form=form, **cell)
     reference = pass_times(document, batches, model=REFERENCE[0], form=REFERENCE[1], **cell) if times else []
     return [base / time for base, time in zip(reference, times, strict=True)]
@@ -202,10 +202,6 @@ def limit_table() -> str:
         cells = [_median_and_range(ratios(document, model, **common, **cell)) for cell in ORT_CELLS.values()]
         rows.append([f"`{model}`" if "cifar100" in model else model, *cells])
     return markdown(["optimized", *ORT_CELLS], rows)
-
-
-def _median_and_range(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def eager_table() -> str:
@@ -270,6 +266,10 @@ def finetune_table() -> str:
 
 def _mean_and_range(values: list[float]) -> str:
     return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _median_and_range(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _count(n: int, noun: str) -> str:
