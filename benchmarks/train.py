@@ -1,22 +1,17 @@
 """Trains models from recipes.
 
     python benchmarks/train.py RECIPE.toml [RECIPE.toml ...] --data DIR --out DIR [--resume]
-    torchrun --nproc_per_node=N benchmarks/train.py ...
 
-The folder given by --out receives, per model, DIR/NAME/ with `log.csv` (a row per epoch), `masks.json` (masks and Hoyer
-index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to measure
-with benchmarks/evaluate.py), and for all of them `checkpoint.json` with its parts and `run.json` (hardware and
-versions). With one recipe everything lies in DIR itself. Test images are never read.
+The folder given by --out receives, per model, DIR/NAME.TAG/ with `log.csv` (a row per epoch), `masks.json` (masks and
+Hoyer index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to
+measure with benchmarks/evaluate.py), and for all of them `checkpoint.pt` and `run.json` (hardware and versions). With
+one recipe everything lies in DIR itself. Several recipes see the same batches; on a GPU they fill one another's gaps.
+Test images are never read.
 """
 
 import argparse
-import csv
-import ctypes
-import dataclasses
-import functools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -25,171 +20,63 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-import torch.distributed as dist
-from augment import crop_and_flip, erase, resize, trivial_augment
-from checkpoint import INDEX, load_checkpoint, save_checkpoint
-from distill import Teachers, distillation_loss
 from environment import environment
-from recipe import SHARED_FIELDS, Recipe, load_recipe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from weight_files import create_from_file
+from training.augment import count_views, crop_and_mirror, cutmix_box, resize
+from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.recipe import SHARED_FIELDS, Recipe, load_recipe
+from training.soft_labels import SoftLabels
+from training.student import LOG_FIELDS, Student, keep_freed_memory
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import evaluate, preprocess
 
+BENCHMARKS = Path(__file__).resolve().parent
 CHECKPOINT_SECONDS = 180
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 READ_EVERY = 20  # steps between reads of loss and accuracy from the device, which stall a GPU
+EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels, optimisers make their state
 HOLDOUT_PER_CLASS = 50
 HOLDOUT_SEED = 100
-LOG_FIELDS = (
-    *("epoch", "size", "lr", "train_loss", "train_top1", "holdout_loss", "holdout_top1"),
-    *("images_per_second", "seconds"),
-)
 
 
-class Student:
-    """One model that learns: weights, their average, optimiser, pruning schedule and log."""
+class Plan:
+    """All that is random in an epoch: order and views of the images, and CutMix's rectangles.
 
-    def __init__(self, recipe: Recipe, num_classes: int, steps_per_epoch: int, device: torch.device, out: Path):
-        self.recipe, self.out = recipe, out
-        torch.manual_seed(recipe.seed)
-        arguments = dict(recipe.model_args, num_classes=num_classes)
-        if recipe.init_from:
-            model = create_from_file(recipe.model, initial_weights(recipe.init_from), **arguments)
-        else:
-            model = timm.create_model(recipe.model, **arguments)
-        self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
-        if device.type == "cpu":
-            keep_strided_depthwise_in_float32(self.model)
-        self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.network: Any = self.model  # what runs: wrapped or compiled by the trainer
-        self.optimizer = create_optimizer_v2(
-            self.model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
-        )
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=recipe.epochs * steps_per_epoch,
-            warmup_t=int(recipe.warmup_epochs * steps_per_epoch),
-            warmup_lr_init=recipe.lr / 100,
-            t_in_epochs=False,
-        )
-        learned = {n: m for n, m in self.model.named_modules() if isinstance(m, mz.LearnedGroupConv2d)}
-        self.schedule = mz.CondenseSchedule(self.model) if learned else None
-        self.learned = learned
-        # Summed on the device and read now and then.
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.log: list[dict[str, float]] = []
-        self.masks: list[dict[str, Any]] = []
+    It follows from the recipe's seed and the epoch's number alone, so a resumed run sees what the uninterrupted one
+    would have seen.
+    """
 
-    def prune(self, progress: float) -> None:
-        """Takes the pruning stages that are due and clears what momentum and average hold at dropped places."""
-        if self.schedule is None:
-            return
-        before = {name: layer.hoyer_index().tolist() for name, layer in self.learned.items()}
-        if not self.schedule.step(progress):
-            return
-        kept = {name: int(layer.mask.sum(1)[0]) for name, layer in self.learned.items()}
-        # A row of hexadecimal digits per group, a bit per input.
-        masks = {n: [r.tobytes().hex() for r in np.packbits(m.mask.cpu().numpy(), 1)] for n, m in self.learned.items()}
-        inputs = {name: layer.in_channels for name, layer in self.learned.items()}
-        entry = {"progress": progress, "hoyer_before": before, "inputs": inputs, "inputs_per_group": kept}
-        self.masks.append({**entry, "masks": masks})
-        for name, layer in self.learned.items():
-            keep = layer.mask.repeat_interleave(layer.out_channels // layer.groups, 0)[:, :, None, None]
-            states = [value for value in self.optimizer.state[layer.weight].values() if torch.is_tensor(value)]
-            tensors = [layer.weight.data, *(value for value in states if value.shape == keep.shape)]
-            if self.ema is not None:
-                average = self.ema.module.get_submodule(name)
-                assert isinstance(average, mz.LearnedGroupConv2d)
-                average.mask.copy_(layer.mask)
-                tensors.append(average.weight.data)
-            for tensor in tensors:
-                tensor.mul_(keep)
-
-    def loss(self, logits: torch.Tensor, target: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
-        recipe = self.recipe
-        smoothing = 0.0 if target.ndim == 2 else recipe.label_smoothing  # timm's Mixup has smoothed its targets
-        loss = recipe.ce_weight * F.cross_entropy(logits, target, label_smoothing=smoothing)
-        if teacher_logits is not None:
-            kd = distillation_loss(logits, teacher_logits, recipe.kd_temperature, recipe.kd_standardize)
-            loss = loss + recipe.kd_weight * kd
-        if recipe.group_lasso and self.schedule is not None:
-            loss = loss + recipe.group_lasso * mz.group_lasso(self.model)
-        return loss
-
-    def final_model(self) -> nn.Module:
-        """Returns the average of the last epoch, or the last weights where the recipe keeps no average."""
-        return self.ema.module if self.ema is not None else self.model
-
-    def write_logs(self) -> None:
-        with mz.files.atomic_write(self.out / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_FIELDS)
-            writer.writeheader()
-            for entry in self.log:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in entry.items()})
-        if self.masks:
-            with mz.files.atomic_write(self.out / "masks.json", "w") as file:
-                file.write(json.dumps(self.masks) + "\n")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "recipe": dataclasses.asdict(self.recipe),
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
-            "sums": self.sums,
-            "log": self.log,
-            "masks": self.masks,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["recipe"] != dataclasses.asdict(self.recipe):
-            raise ValueError(
-                f"the checkpoint was made with another recipe for {self.recipe.model}; choose another --out"
-            )
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sums.copy_(state["sums"])
-        self.log, self.masks = state["log"], state["masks"]
+    def __init__(
+        self, recipe: Recipe, epoch: int, data: mz.data.ImageSet, labels: SoftLabels | None, device: torch.device
+    ):
+        generator = np.random.default_rng((recipe.seed, epoch))
+        images, pixels = len(data), data.images.shape[1]
+        self.order = torch.from_numpy(generator.permutation(images)).to(device)
+        views = count_views(recipe.crop_padding) if labels is None else labels.views.shape[1]
+        self.views = torch.from_numpy(generator.integers(views, size=images)).to(device)
+        steps = images // recipe.batch_size
+        boxes = [cutmix_box(generator, pixels) for _ in range(steps)]
+        mixed = generator.random(steps) < recipe.cutmix
+        self.boxes = [box if mix else None for box, mix in zip(boxes, mixed, strict=True)]
 
 
 class Trainer:
-    """Students that see the same batches, with what is needed to stop at any step and go on bit by bit.
-
-    Every step seeds its own generators from the recipe's seed and the step's number, so a resumed run draws what the
-    uninterrupted one would have drawn. With several processes each prepares the whole batch and trains on its part,
-    so their number changes nothing about the images.
-    """
+    """Students that see the same batches, with what is needed to stop at any step and go on bit by bit."""
 
     def __init__(
         self,
         recipes: list[Recipe],
         data: mz.data.ImageSet,
+        soft_labels: SoftLabels | None,
         holdout: mz.data.ImageSet | None,
         device: torch.device,
         out: Path,
-        compile_models: bool = False,
     ):
-        self.recipe, self.device, self.out, self.holdout = recipes[0], device, out, holdout
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.recipe.batch_size % self.world:
-            raise ValueError(f"batch_size {self.recipe.batch_size} isn't a multiple of {self.world} processes")
+        self.recipe, self.data, self.holdout, self.device, self.out = recipes[0], data, holdout, device, out
         self.images = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         self.num_classes = len(data.classes)
@@ -197,98 +84,62 @@ class Trainer:
         if not self.steps_per_epoch:
             raise ValueError(f"batch_size {self.recipe.batch_size} is larger than the {len(data)} training images")
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
-
+        self.soft_labels = soft_labels.to(device) if soft_labels is not None else None
         self.students = []
         for recipe in recipes:
-            folder = out if len(recipes) == 1 else out / recipe.model
-            self.students.append(Student(recipe, self.num_classes, self.steps_per_epoch, device, folder))
-        self.teachers = None
-        if self.recipe.teachers:
-            self.teachers = Teachers(self.recipe.teachers, self.num_classes)
-            self.teachers.to(device).to(memory_format=torch.channels_last)
-        self.mixup = None
-        if self.recipe.mixup or self.recipe.cutmix:
-            self.mixup = Mixup(
-                self.recipe.mixup,
-                self.recipe.cutmix,
-                prob=self.recipe.mix_share,
-                label_smoothing=self.recipe.label_smoothing,
-                num_classes=self.num_classes,
-            )
-        for student in self.students:
-            if self.world > 1:
-                ids = [device.index] if device.type == "cuda" else None
-                student.network = DistributedDataParallel(student.model, device_ids=ids)
-            if compile_models:
-                student.network = torch.compile(student.network)
+            folder = out if len(recipes) == 1 else out / f"{recipe.model}.{recipe.tag}"
+            self.students.append(Student(recipe, self.num_classes, self.total_steps, device, folder))
         cfg: dict[str, Any] = self.students[0].model.pretrained_cfg  # type: ignore[assignment]
         self.mean, self.std = cfg["mean"], cfg["std"]
-        self.generator = torch.Generator(device=device)
+        self.graph: Graph | None = None
+        if all(student.capturable for student in self.students):
+            self.graph = Graph(self.students)
         self.step = 0  # optimiser steps done
         self.epoch_seconds = 0.0
         self.stop_reason = ""
 
-    def order(self, epoch: int) -> torch.Tensor:
-        """Returns the order in which an epoch visits the images."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.labels), generator=generator).to(self.device)
+    def batch(self, plan: Plan, i: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns the plan's batch i: images (B, 3, size, size), hard and, where a teacher is, soft targets."""
+        recipe, part = self.recipe, slice(i * self.recipe.batch_size, (i + 1) * self.recipe.batch_size)
+        indices, views = plan.order[part], plan.views[part]
+        soft = None
+        if self.soft_labels is not None:
+            soft = self.soft_labels.targets(indices, views, recipe.temperature)
+            views = self.soft_labels.views[indices, views]
+        pixels = preprocess(crop_and_mirror(self.images[indices], views, recipe.crop_padding), self.mean, self.std)
+        hard = F.one_hot(self.labels[indices], self.num_classes).float()
+        hard = hard * (1.0 - recipe.label_smoothing) + recipe.label_smoothing / self.num_classes
+        box = plan.boxes[i]
+        if box is not None:  # each image gets a rectangle of the one at the mirrored place in the batch
+            rows, columns = box
+            pixels[:, :, rows, columns] = pixels[:, :, rows, columns].flip(0)
+            share = (rows.stop - rows.start) * (columns.stop - columns.start) / pixels[0, 0].numel()
+            hard = torch.lerp(hard, hard.flip(0), share)
+            soft = torch.lerp(soft, soft.flip(0), share) if soft is not None else None
+        return resize(pixels, size), hard, soft
 
-    def seed(self, step: int) -> None:
-        seed = self.recipe.seed * 1_000_003 + step
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's Mixup draws from the global generator
-
-    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns this process's share of the augmented batch, and labels or mixed one-hot targets."""
-        recipe = self.recipe
-        images = crop_and_flip(self.images[indices], recipe.crop_padding, self.generator)
-        if recipe.trivial_augment:
-            images = trivial_augment(images, recipe.trivial_augment, self.generator)
-        pixels = preprocess(images, self.mean, self.std)
-        if recipe.erase:
-            pixels = erase(pixels, recipe.erase, self.generator)
-        target = self.labels[indices]
-        if self.mixup is not None:
-            pixels, target = self.mixup(pixels, target)
-        part = slice(self.rank * len(pixels) // self.world, (self.rank + 1) * len(pixels) // self.world)
-        return pixels[part], target[part]
-
-    def train_step(self, indices: torch.Tensor, size: int) -> None:
+    def train_step(self, plan: Plan, i: int, size: int) -> None:
         """Takes one optimiser step of every student."""
-        self.seed(self.step)
-        images, target = self.batch(indices)
-        labels = target if target.ndim == 1 else target.argmax(1)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
-        with autocast:
-            teacher_logits = self.teachers(images) if self.teachers is not None else None
-        images = resize(images, size)  # finished teachers know the full resolution alone
+        images, hard, soft = self.batch(plan, i, size)
         for student in self.students:
-            student.prune(self.step / self.total_steps)
-            student.scheduler.step_update(self.step)
-            with autocast:
-                logits = student.network(images)
-            loss = student.loss(logits.float(), target, teacher_logits)
-            student.optimizer.zero_grad()
-            loss.backward()
-            student.optimizer.step()
-            if student.ema is not None:
-                student.ema.update(student.model, step=self.step + 1)
-            with torch.no_grad():
-                student.sums += torch.stack([loss.detach().double(), (logits.argmax(1) == labels).double().mean()])
+            student.prepare(self.step, self.steps_per_epoch)
+        if self.graph is not None:
+            self.graph.step(images, hard, soft)
+        else:
+            for student in self.students:
+                student.update(images, hard, soft)
+        for student in self.students:
+            if student.average is not None:
+                student.average.update(self.step)
         self.step += 1
 
     def read_sums(self) -> list[list[float]]:
-        """Returns every student's summed loss and accuracy of this epoch, over all processes.
+        """Returns every student's summed loss and accuracy of this epoch.
 
         Raises:
             FloatingPointError: a loss isn't a number.
         """
-        sums = torch.stack([student.sums for student in self.students])
-        if self.world > 1:
-            dist.all_reduce(sums)
-            sums /= self.world
-        values = sums.tolist()
+        values = torch.stack([student.sums for student in self.students]).tolist()
         for student, (loss, _) in zip(self.students, values, strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -296,17 +147,6 @@ class Trainer:
                     "before; lower lr or set precision = 'fp32' in the recipe"
                 )
         return values
-
-    def should_stop(self, deadline: float) -> bool:
-        """Whether a signal or the time budget ends the run here; all processes answer alike."""
-        if time.monotonic() > deadline:
-            self.stop_reason = self.stop_reason or "time budget"
-        if self.world > 1:
-            flag = torch.tensor([float(bool(self.stop_reason))], device=self.device)
-            dist.all_reduce(flag)
-            if flag.item():
-                self.stop_reason = self.stop_reason or "another process"
-        return bool(self.stop_reason)
 
     def run(self, progress: Progress, time_budget: float = math.inf) -> bool:
         """Trains and returns whether the end was reached; saves every few minutes and where it stops."""
@@ -317,9 +157,10 @@ class Trainer:
             student.model.train()
         while self.step < self.total_steps:
             epoch, first = divmod(self.step, self.steps_per_epoch)
-            order, size = self.order(epoch), self.recipe.size_at(epoch)
+            plan = Plan(self.recipe, epoch, self.data, self.soft_labels, self.device)
+            size = self.recipe.size_at(epoch)
             for i in range(first, self.steps_per_epoch):
-                self.train_step(order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size], size)
+                self.train_step(plan, i, size)
                 last = i + 1 == self.steps_per_epoch
                 if not last and (i + 1) % READ_EVERY:
                     continue
@@ -333,39 +174,39 @@ class Trainer:
                 progress.update(task, completed=self.step, info=f"{info}  {rate:.0f} images/s")
                 if last:
                     self.end_epoch(epoch, size, values, rate, progress)
-                stop = self.step < self.total_steps and self.should_stop(deadline)
-                if stop or last or now - saved > CHECKPOINT_SECONDS:
+                    mark = time.monotonic()
+                if time.monotonic() > deadline:
+                    self.stop_reason = self.stop_reason or "time budget"
+                stop = bool(self.stop_reason) and self.step < self.total_steps
+                if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = mark = time.monotonic()
                 if stop:
                     return False
+        self.save()
         return True
 
     def end_epoch(self, epoch: int, size: int, values: list[list[float]], rate: float, progress: Progress) -> None:
         for student, (loss, top1) in zip(self.students, values, strict=True):
             row: dict[str, Any] = dict.fromkeys(LOG_FIELDS, "")
-            row.update(epoch=epoch + 1, size=size, lr=student.optimizer.param_groups[0]["lr"])
+            row.update(epoch=epoch + 1, size=size, lr=float(student.optimizer.param_groups[0]["lr"]))
             row.update(train_loss=loss / self.steps_per_epoch, train_top1=100 * top1 / self.steps_per_epoch)
             row.update(images_per_second=rate, seconds=self.epoch_seconds)
             if self.holdout is not None:
-                result = evaluate(student.final_model(), self.holdout)
+                result = evaluate(Resized(student.final_model(), self.recipe.sizes[-1][1]), self.holdout)
                 student.model.train()
                 row.update(holdout_loss=result.loss, holdout_top1=result.top1)
             student.log.append(row)
             student.sums.zero_()
-            if self.rank == 0:
-                student.write_logs()
-                shown = {k: v for k, v in row.items() if v != ""}
-                text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-                progress.console.print(f"{student.recipe.model}  {text}")
+            student.write_logs()
+            shown = {k: v for k, v in row.items() if v != ""}
+            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+            progress.console.print(f"{student.recipe.model}  {text}")
         self.epoch_seconds = 0.0
 
     def save(self) -> None:
-        if self.rank == 0:
-            state = {"students": [s.state_dict() for s in self.students], "epoch_seconds": self.epoch_seconds}
-            save_checkpoint(self.out, self.step, {"step": self.step, **state})
-        if self.world > 1:
-            dist.barrier()
+        state = {"students": [s.state_dict() for s in self.students], "epoch_seconds": self.epoch_seconds}
+        save_checkpoint(self.out, {"step": self.step, **state})
 
     def load(self) -> None:
         """Continues from the checkpoint in the output folder.
@@ -392,64 +233,91 @@ class Trainer:
                 mz.check_equivalent(model.eval(), mz.condense(model).eval(), sample)
 
     def plain_batches(self, count: int) -> Iterator[torch.Tensor]:
-        """Yields cropped and mirrored images without any other augmentation."""
-        order = self.order(self.recipe.epochs)
+        """Yields cropped and mirrored images without any other augmentation, at the final resolution."""
+        plan = Plan(self.recipe, self.recipe.epochs, self.data, self.soft_labels, self.device)
+        plan.boxes = [None] * len(plan.boxes)
         for i in range(min(count, self.steps_per_epoch)):
-            self.seed(self.total_steps + i)
-            indices = order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]
-            images = crop_and_flip(self.images[indices], self.recipe.crop_padding, self.generator)
-            yield preprocess(images, self.mean, self.std)
+            yield self.batch(plan, i, self.recipe.sizes[-1][1])[0]
 
 
-def keep_strided_depthwise_in_float32(model: nn.Module) -> None:
-    """Takes depthwise convolutions with a stride out of autocast, in place.
+class Graph:
+    """A step of all students as one CUDA graph per image size; each student's kernels run on a stream of its own.
 
-    Their gradient by the input takes oneDNN many times longer in bfloat16 than in float32.
+    The first steps of a size run eagerly. What a step reads, images, targets, masks and learning rates, lies in the
+    same memory at every step.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.stride[0] > 1:
-            module.forward = functools.partial(_float32_forward, module)  # type: ignore[method-assign]
+
+    def __init__(self, students: list[Student]):
+        self.students = students
+        self.streams = [torch.cuda.Stream() for _ in students]
+        self.inputs: list[torch.Tensor | None] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
+
+    def step(self, *inputs: torch.Tensor | None) -> None:
+        """Takes a step with images, hard and soft targets."""
+        if [t if t is None else t.shape for t in inputs] != [t if t is None else t.shape for t in self.inputs]:
+            self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
+            self.graph, self.eager_steps = None, 0
+        for kept, tensor in zip(self.inputs, inputs, strict=True):
+            if kept is not None and tensor is not None:
+                kept.copy_(tensor)
+        if self.graph is None and self.eager_steps < EAGER_STEPS:
+            self._update()
+            self.eager_steps += 1
+            return
+        if self.graph is None:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._update()
+        self.graph.replay()
+
+    def _update(self) -> None:
+        main = torch.cuda.current_stream()
+        for student, stream in zip(self.students, self.streams, strict=True):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                student.update(*self.inputs)  # type: ignore[arg-type]
+        for stream in self.streams:
+            main.wait_stream(stream)
 
 
-def _float32_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.Conv2d.forward(conv, x.float()).to(x.dtype)
+class Resized(nn.Module):
+    """A network behind the resizing of its images, for measuring at another resolution than the data's."""
+
+    def __init__(self, model: nn.Module, size: int):
+        super().__init__()
+        self.model, self.size = model, size
+        self.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}  # type: ignore[dict-item]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(resize(images, self.size))
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next step.
-
-    By default every large tensor is mapped anew, and a step on the CPU spends much of its time on page faults.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # not glibc
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
-        mallopt(parameter, value)
-
-
-def initial_weights(source: str) -> Path:
-    """Returns the file behind `init_from`.
+def load_soft_labels(recipe: Recipe, data: mz.data.ImageSet) -> SoftLabels:
+    """Returns the recipe's soft labels, of the images at hand.
 
     Raises:
-        ValueError: neither a file nor a zoo model with weights.
+        ValueError: no such file, or it belongs to other images or other crops.
     """
-    if Path(source).is_file():
-        return Path(source)
-    try:
-        return mz.pretrained.verified_file(mz.pretrained.default_entry(source))
-    except RuntimeError as error:
-        raise ValueError(f"init_from {source!r} is neither a file nor a model with weights: {error}") from error
+    path = BENCHMARKS / recipe.soft_labels
+    labels = SoftLabels.load(path)
+    if labels.info["padding"] != recipe.crop_padding:
+        raise ValueError(f"{path} has views of crop_padding {labels.info['padding']}, not {recipe.crop_padding}")
+    if labels.info["data_sha256"] == data.sha256():
+        return labels
+    raise ValueError(f"{path} belongs to other images: recompute it with soft_labels.py")
 
 
-def split_holdout(data: mz.data.ImageSet) -> tuple[mz.data.ImageSet, mz.data.ImageSet]:
-    """Splits training images into those to train on and 50 per class to tune on, always the same ones."""
+def split_holdout(data: mz.data.ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """Returns masks of the training images to train on and of the 50 per class to tune on, always the same ones."""
     generator = np.random.default_rng(HOLDOUT_SEED)
     held = np.zeros(len(data), dtype=bool)
     for label in range(len(data.classes)):
         held[generator.choice(np.flatnonzero(data.labels == label), HOLDOUT_PER_CLASS, replace=False)] = True
-    return tuple(mz.data.ImageSet(data.images[m], data.labels[m], data.classes) for m in (~held, held))  # type: ignore
+    return ~held, held
 
 
 def check_writable(folder: Path, needed_bytes: int) -> None:
@@ -461,7 +329,7 @@ def check_writable(folder: Path, needed_bytes: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with mz.files.atomic_write(folder / ".space") as file:
-            os.posix_fallocate(file.fileno(), 0, needed_bytes)
+            file.write(bytes(needed_bytes))
         (folder / ".space").unlink()
     except OSError as error:
         needed = f"{needed_bytes / 2**20:.0f} MiB"
@@ -473,31 +341,28 @@ def train(args: argparse.Namespace, console: Console) -> int:
     for field in SHARED_FIELDS:
         if len({str(getattr(recipe, field)) for recipe in recipes}) > 1:
             raise ValueError(f"recipes that train together must agree on {field}")
-    if len({recipe.model for recipe in recipes}) < len(recipes):
-        raise ValueError("recipes that train together must have different models")
-    checkpoint = args.out / INDEX
+    if len({(recipe.model, recipe.tag) for recipe in recipes}) < len(recipes):
+        raise ValueError("recipes that train together must differ in model or tag")
+    checkpoint = args.out / CHECKPOINT
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} exists; add --resume to go on, or choose another --out")
 
     device = torch.device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
     data, holdout = mz.data.load_images(args.data, "train"), None
+    labels = load_soft_labels(recipes[0], data) if recipes[0].soft_labels else None
     if args.holdout:
-        data, holdout = split_holdout(data)
-    trainer = Trainer(recipes, data, holdout, device, args.out, args.compile)
-    if trainer.rank == 0:
-        # Weights, average and momentum of every student, old and new checkpoint at once.
-        size = sum(p.numel() * p.element_size() for s in trainer.students for p in s.model.parameters())
-        for folder in {args.out, *(student.out for student in trainer.students)}:
-            check_writable(folder, 6 * size + 2**20)
-        with mz.files.atomic_write(args.out / "run.json", "w") as file:
-            file.write(json.dumps(environment(str(device)), indent=2) + "\n")
+        kept, held = split_holdout(data)
+        data, holdout = data.subset(kept), data.subset(held)
+        labels = labels.subset(kept) if labels is not None else None
+    trainer = Trainer(recipes, data, labels, holdout, device, args.out)
+    # Weights, average and momentum of every student, old and new checkpoint at once.
+    size = sum(p.numel() * p.element_size() for s in trainer.students for p in s.model.parameters())
+    for folder in {args.out, *(student.out for student in trainer.students)}:
+        check_writable(folder, 6 * size + 2**20)
+    with mz.files.atomic_write(args.out / "run.json", "w") as file:
+        file.write(json.dumps({**environment(str(device)), "together": len(recipes)}, indent=2) + "\n")
     if checkpoint.exists():
         trainer.load()
 
@@ -506,15 +371,13 @@ def train(args: argparse.Namespace, console: Console) -> int:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-    with Progress(*columns, console=console, disable=trainer.rank > 0) as progress:
+    with Progress(*columns, console=console) as progress:
         finished = trainer.run(progress, args.time_budget)
-    if finished and trainer.rank == 0:
+    if finished:
         trainer.finish()
-    if not finished and trainer.rank == 0:
+    else:
         done = f"{trainer.step} of {trainer.total_steps} steps"
         console.print(f"stopped by {trainer.stop_reason} after {done}; the same command with --resume goes on")
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return 143 if trainer.stop_reason == "SIGTERM" else 0
 
 
@@ -527,7 +390,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS", help="stop, resumable, then")
     parser.add_argument("--holdout", action="store_true", help="train on 45,000 images, report on the other 5,000")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     args = parser.parse_args(argv)
     try:
         return train(args, Console(stderr=True))

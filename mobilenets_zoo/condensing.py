@@ -126,18 +126,31 @@ class CondenseSchedule:
         Raises:
             ValueError: `progress` outside [0, 1], or weights that aren't finite.
         """
+        if not self.due(progress):
+            return False
+        self.progress = float(progress)
+        before = [layer.mask.clone() for layer in self.layers.values()]
+        for layer in self.layers.values():
+            layer.prune_(self._inputs(layer, self.progress))
+        return any(not torch.equal(old, layer.mask) for old, layer in zip(before, self.layers.values(), strict=True))
+
+    def due(self, progress: float) -> bool:
+        """Whether `step` has a stage to take.
+
+        Raises:
+            ValueError: `progress` outside [0, 1].
+        """
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must be in [0, 1], not {progress}")
-        self.progress = max(self.progress, float(progress))
-        changed = False
-        for layer in self.layers.values():
-            stages = layer.condense_factor - 1
-            # The margin forgives a progress that is a rounding error short of a stage.
-            done = min(stages, int(2 * stages * self.progress + 1e-6))
-            before = layer.mask.clone()
-            layer.prune_(layer.in_channels // layer.condense_factor * (layer.condense_factor - done))
-            changed |= not torch.equal(before, layer.mask)
-        return changed
+        return any(self._inputs(layer, progress) < self._inputs(layer, self.progress) for layer in self.layers.values())
+
+    @staticmethod
+    def _inputs(layer: LearnedGroupConv2d, progress: float) -> int:
+        """Returns how many inputs each of the layer's groups keeps by then."""
+        stages = layer.condense_factor - 1
+        # The margin forgives a progress that is a rounding error short of a stage.
+        done = min(stages, int(2 * stages * progress + 1e-6))
+        return layer.in_channels // layer.condense_factor * (layer.condense_factor - done)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the progress; the masks are in the model's own state."""

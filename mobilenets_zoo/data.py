@@ -32,6 +32,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, mask: np.ndarray) -> "ImageSet":
+        """Returns the images that a mask (N,) names."""
+        return ImageSet(self.images[mask], self.labels[mask], self.classes)
+
     def sha256(self) -> str:
         """Digest of the decoded pixels (N x 32 x 32 x 3 bytes, rows in order)."""
         return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()

@@ -13,10 +13,10 @@ else:
 
 __all__ = ["SHARED_FIELDS", "Recipe", "load_recipe"]
 
-# What decides which images a step sees.
+# What decides which images and targets a step sees, and how long the training is.
 SHARED_FIELDS = (
-    *("epochs", "seed", "batch_size", "crop_padding", "trivial_augment", "mixup", "cutmix", "mix_share", "erase"),
-    *("label_smoothing", "sizes", "precision", "teachers"),
+    *("epochs", "seed", "batch_size", "crop_padding", "cutmix", "label_smoothing", "sizes", "precision"),
+    *("soft_labels", "temperature"),
 )
 
 
@@ -31,31 +31,28 @@ class Recipe:
         tag: names the recipe in the manifest; a tag never changes its meaning.
         epochs: passes over the training images.
         model_args: extra arguments for timm.create_model.
-        init_from: weights to start from: a zoo name with pretrained weights, or a safetensors file; a dense
-            network's weights fit a learned group convolution.
+        init_from: weights to start from, in a form that `training/initial_weights.py` describes; "" for random ones.
+        init_sha256: digest that the file of an installed package must have.
+        pretraining: what the package's weights were trained on.
         seed: initial weights, order of images and augmentation follow from it.
-        batch_size: images per optimiser step, over all processes.
+        batch_size: images per optimiser step.
         optimizer: timm's name of the optimiser.
         lr: peak learning rate; linear warm-up over `warmup_epochs`, then a cosine to zero, updated every step.
-        momentum: of SGD.
+        momentum: of SGD and Muon.
         weight_decay: not applied to BatchNorm and biases.
-        label_smoothing: probability mass spread over all classes.
+        label_smoothing: probability mass of the hard labels that is spread over all classes.
         ema_decay: decay per step of the exponential moving average of the weights; 0 turns it off.
         bn_batches: batches, cropped and mirrored only, that BatchNorm's statistics are re-estimated on at the end.
         crop_padding: zero padding, in pixels, around the image before the random crop.
-        trivial_augment: share of the images that get a TrivialAugment operation.
-        mixup, cutmix: alpha of timm's Mixup, 0 turns each off.
-        mix_share: share of the batches that are mixed where mixup or cutmix is on.
-        erase: share of the images that lose a random rectangle.
-        sizes: progressive resolution of the students: [[share of the epochs, pixels], ...], shares add up to 1.
+        cutmix: share of the batches that are mixed by CutMix (arXiv 1905.04899), alpha 1.
+        sizes: progressive resolution: [[share of the epochs, pixels], ...], shares add up to 1; the last is the
+            resolution that the network is measured at.
         precision: "bf16" (autocast) or "fp32".
-        teachers: names of zoo models with weights, or "NAME=FILE.safetensors"; all see the students' images, at full
-            resolution.
-        ce_weight: weight of the cross-entropy with the labels.
+        soft_labels: file of a teacher's soft labels, relative to benchmarks/; "" for none. A step draws one of the
+            stored views of each image.
+        temperature: T of the distillation loss (arXiv 1503.02531, section 2), on both distributions.
+        ce_weight: weight of the cross-entropy with the hard labels.
         kd_weight: weight of the distillation loss.
-        kd_temperature: temperature of both distributions.
-        kd_standardize: compare standardised logits.
-        group_lasso: weight of the group lasso of learned group convolutions.
     """
 
     model: str
@@ -63,6 +60,8 @@ class Recipe:
     epochs: int
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     init_from: str = ""
+    init_sha256: str = ""
+    pretraining: str = ""
     seed: int = 0
     batch_size: int = 128
     optimizer: str = "nesterov"
@@ -74,19 +73,13 @@ class Recipe:
     ema_decay: float = 0.0
     bn_batches: int = 0
     crop_padding: int = 4
-    trivial_augment: float = 0.0
-    mixup: float = 0.0
     cutmix: float = 0.0
-    mix_share: float = 1.0
-    erase: float = 0.0
     sizes: tuple[tuple[float, int], ...] = ((1.0, 32),)
     precision: str = "bf16"
-    teachers: tuple[str, ...] = ()
+    soft_labels: str = ""
+    temperature: float = 2.0
     ce_weight: float = 1.0
     kd_weight: float = 0.0
-    kd_temperature: float = 2.0
-    kd_standardize: bool = True
-    group_lasso: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -95,13 +88,13 @@ class Recipe:
             raise ValueError(f"precision must be 'bf16' or 'fp32', not {self.precision!r}")
         if abs(sum(share for share, _ in self.sizes) - 1.0) > 1e-6:
             raise ValueError(f"the shares in sizes must add up to 1: {self.sizes}")
-        for name in ("trivial_augment", "mix_share", "erase", "label_smoothing", "ema_decay"):
+        for name in ("cutmix", "label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError("mixup and cutmix need an even batch_size")
-        if bool(self.teachers) != bool(self.kd_weight):
-            raise ValueError("teachers and kd_weight go together: set both or neither")
+        if bool(self.soft_labels) != bool(self.kd_weight):
+            raise ValueError("soft_labels and kd_weight go together: set both or neither")
+        if not self.init_from.startswith("package:") == bool(self.init_sha256) == bool(self.pretraining):
+            raise ValueError("init_from = 'package:...', init_sha256 and pretraining go together: set all or none")
 
     def size_at(self, epoch: int) -> int:
         """Returns the training resolution of an epoch (counted from 0), in pixels."""
@@ -120,7 +113,7 @@ def load_recipe(path: str | Path) -> Recipe:
         ValueError: not TOML, an unknown or missing key, or a value out of range; the message names the file.
     """
     try:
-        values = tomllib.loads(Path(path).read_text())
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: can't be read as a TOML recipe: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -136,8 +129,6 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: missing keys {', '.join(missing)}")
     if "sizes" in values:
         values["sizes"] = tuple((float(share), int(size)) for share, size in values["sizes"])
-    if "teachers" in values:
-        values["teachers"] = tuple(values["teachers"])
     try:
         return Recipe(**values)
     except (TypeError, ValueError) as error:

@@ -1,0 +1,126 @@
+"""Computes a teacher's soft labels for fixed views of every training image.
+
+    python benchmarks/soft_labels.py TEACHER.toml --run DIR --data DIR --out benchmarks/soft_labels.safetensors
+
+DIR under --run is what benchmarks/train.py wrote for TEACHER.toml. Several recipes with as many --run folders make an
+ensemble, whose probabilities are averaged. Each image gets --views different crops, mirrored or not; the teacher sees
+them at the resolution it was trained at. A view costs 2 * kept + 2 bytes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from training.augment import count_views, crop_and_mirror, resize
+from training.recipe import Recipe, load_recipe
+from training.soft_labels import SoftLabels, pack
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.cli import progress_bar
+from mobilenets_zoo.evaluation import preprocess
+
+
+class Teacher:
+    """A finished network that sees images at the resolution of its recipe."""
+
+    def __init__(self, recipe: Recipe, run: Path, num_classes: int, device: torch.device):
+        self.recipe, self.device = recipe, device
+        model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
+        file = run / "model.safetensors"
+        try:
+            model.load_state_dict(safetensors.torch.load_file(file))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{file} can't be loaded into {recipe.model}: {error}") from error
+        self.model: nn.Module = model.eval().to(device).to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            from training.fused_layers import fuse_layers  # imports triton
+
+            fuse_layers(self.model)
+
+    def describe(self) -> str:
+        pretraining = self.recipe.pretraining
+        return f"{self.recipe.model}.{self.recipe.tag}" + (f", pretrained on {pretraining}" if pretraining else "")
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps uint8 (N, H, W, C) to probabilities (N, classes)."""
+        cfg = self.model.pretrained_cfg
+        pixels = resize(preprocess(images, cfg["mean"], cfg["std"]), self.recipe.sizes[-1][1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return self.model(pixels).float().softmax(1)
+
+
+def draw_views(images: int, views: int, padding: int, seed: int) -> torch.Tensor:
+    """Returns different views for each image, uint8 (images, views)."""
+    places = count_views(padding)
+    if not 1 <= views <= places <= 256:
+        raise ValueError(f"there are {places} views with a padding of {padding}; choose from 1 to {min(places, 256)}")
+    order = np.random.default_rng(seed).random((images, places)).argpartition(views - 1, axis=1)
+    return torch.from_numpy(np.sort(order[:, :views], axis=1).astype(np.uint8))
+
+
+def compute(
+    teachers: list[Teacher], data: mz.data.ImageSet, views: int, kept: int, seed: int, batch: int
+) -> SoftLabels:
+    """Runs the teachers over all views."""
+    device, padding = teachers[0].device, teachers[0].recipe.crop_padding
+    images = torch.from_numpy(data.images).to(device)
+    drawn = draw_views(len(data), views, padding, seed)
+    classes = torch.empty((len(data), views, kept), dtype=torch.uint8, device=device)
+    log_probs, rest = torch.empty_like(classes), torch.empty_like(classes[..., 0])
+    with progress_bar() as progress:
+        task = progress.add_task("soft labels", total=len(data) * views)
+        for v in range(views):
+            for start in range(0, len(data), batch):
+                part = slice(start, start + batch)
+                seen = crop_and_mirror(images[part], drawn[part, v].to(device), padding)
+                probabilities = sum(teacher(seen) for teacher in teachers) / len(teachers)
+                classes[part, v], log_probs[part, v], rest[part, v] = pack(probabilities, kept)
+                progress.advance(task, len(seen))
+    info = {
+        "num_classes": len(data.classes),
+        "padding": padding,
+        "seed": seed,
+        "data_sha256": data.sha256(),
+        "taught_by": " and ".join(teacher.describe() for teacher in teachers),
+    }
+    return SoftLabels(drawn, classes, log_probs, rest, info=info)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipes", type=Path, nargs="+", metavar="TEACHER.toml")
+    parser.add_argument("--run", type=Path, nargs="+", required=True, help="the folder that train.py wrote, per recipe")
+    parser.add_argument("--data", required=True, help="Parquet folder, torchvision root or Hub id")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--views", type=int, default=16, help="views per image")
+    parser.add_argument("--kept", type=int, default=20, help="classes per view whose probability is kept")
+    parser.add_argument("--seed", type=int, default=0, help="of the views")
+    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        if len(args.recipes) != len(args.run):
+            raise ValueError(f"{len(args.recipes)} recipes need as many --run folders, not {len(args.run)}")
+        data, device = mz.data.load_images(args.data, "train"), torch.device(args.device)
+        teachers = [
+            Teacher(load_recipe(recipe), run, len(data.classes), device)
+            for recipe, run in zip(args.recipes, args.run, strict=True)
+        ]
+        if len({teacher.recipe.crop_padding for teacher in teachers}) > 1:
+            raise ValueError("the teachers' recipes must agree on crop_padding")
+        compute(teachers, data, args.views, args.kept, args.seed, args.batch_size).save(args.out)
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The weights that a training starts from: another network's, in the form that the new one needs.
+
+A recipe's `init_from` is one of
+- "NAME" or "NAME.TAG", a zoo model with weights, or "NAME=FILE", that model with the weights of a safetensors file;
+- "package:MODULE/FILE", a PyTorch file inside an installed package, checked by its sha256, whose tensors have the order
+  and the shapes of the network's own.
+
+A zoo model may start from one of the same architecture, or
+- a MobileNetV2 from a dense one with as many hidden channels or more: the hidden channels that matter most are kept;
+  a learned group convolution takes the dense weight with a mask of ones, a group convolution its groups' own blocks,
+  after the hidden channels are ordered so that as much weight as possible lies in the blocks;
+- a MobileNetV1 from a narrower one, with equal outputs (Net2WiderNet, arXiv 1511.05641, section 2.2).
+"""
+
+import hashlib
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck
+
+__all__ = ["start_from", "transfer"]
+
+
+def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
+    """Loads a recipe's `init_from` into a new network, in place; a classifier of another size stays as it is.
+
+    Raises:
+        ValueError: the source doesn't exist, is altered, or fits the network in no way.
+    """
+    if source.startswith("package:"):
+        _load_package_file(model, source, sha256)
+        return
+    name, _, file = source.partition("=")
+    try:
+        overlay = {"file": file} if file else None
+        origin = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"init_from {source!r} can't be loaded: {error}") from error
+    transfer(origin, model)
+
+
+def _load_package_file(model: nn.Module, source: str, sha256: str) -> None:
+    module, _, name = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"init_from {source!r}: pip install {module.replace('_', '-')}")
+    try:
+        content = (Path(spec.origin).parent / name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"init_from {source!r} can't be read: {error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"init_from {source!r} is altered: its sha256 is {digest}, expected {sha256}")
+    theirs = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    ours = model.state_dict()
+    if len(theirs) != len(ours):
+        raise ValueError(f"init_from {source!r} holds {len(theirs)} tensors, the network {len(ours)}")
+    for (name, tensor), value in zip(ours.items(), theirs.values(), strict=True):
+        if tensor.shape == value.shape:
+            tensor.copy_(value)
+        elif not name.startswith(model.pretrained_cfg["classifier"]):  # type: ignore[index, operator]
+            raise ValueError(f"init_from {source!r}: {name} has shape {tuple(tensor.shape)}, not {tuple(value.shape)}")
+
+
+@torch.no_grad()
+def transfer(source: nn.Module, target: nn.Module) -> None:
+    """Loads one zoo network's weights into another, in place.
+
+    Raises:
+        ValueError: there is no rule for this pair.
+    """
+    refusal = f"no rule starts {type(target).__name__} from this {type(source).__name__}"
+    if isinstance(source, mz.MobileNetV1) and isinstance(target, mz.MobileNetV1):
+        _widen(source, target)
+    elif isinstance(source, mz.MobileNetV2) and isinstance(target, mz.MobileNetV2):
+        if _shapes(source) == _shapes(target):
+            target.load_state_dict(source.state_dict())
+            return
+        if not all(_is_dense(block.expansion.conv) and _is_dense(block.projection.conv) for block in _blocks(source)):
+            raise ValueError(f"{refusal}: its 1x1 convolutions must be dense")
+        pairs = list(zip(_blocks(source), _blocks(target), strict=True))
+        if any(_hidden(old) < _hidden(new) for old, new in pairs):
+            raise ValueError(f"{refusal}: it has fewer hidden channels")
+        for name in ("stem", "head_conv", "classifier"):
+            _load(source.get_submodule(name), target.get_submodule(name), refusal)
+        for old, new in pairs:
+            _transfer_bottleneck(old, new, refusal)
+    else:
+        raise ValueError(refusal)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _load(source: nn.Module, target: nn.Module, refusal: str) -> None:
+    try:
+        target.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{refusal}: {' '.join(str(error).split())}") from error
+
+
+# MobileNetV2
+
+
+def _blocks(model: nn.Module) -> list[Bottleneck]:
+    return [module for module in model.modules() if isinstance(module, Bottleneck)]
+
+
+def _hidden(block: Bottleneck) -> int:
+    return block.depthwise.conv.in_channels  # type: ignore[return-value]
+
+
+def _is_dense(conv: nn.Module) -> bool:
+    return isinstance(conv, nn.Conv2d) and conv.groups == 1
+
+
+def _groups(conv: nn.Module) -> int:
+    """Groups of a plain group convolution; 1 for a dense or a learned one, which read all inputs."""
+    return conv.groups if isinstance(conv, nn.Conv2d) else 1
+
+
+def _transfer_bottleneck(source: Bottleneck, target: Bottleneck, refusal: str) -> None:
+    expand = source.expansion.conv.weight.flatten(1)  # (hidden, in)
+    project = source.projection.conv.weight.flatten(1)  # (out, hidden)
+    # What leaves a layer in place p was made in place before[p], where a shuffle lies between.
+    hidden_before = _before(target.shuffle_hidden, _hidden(target))
+    out_before = _before(target.shuffle_out, len(project))
+    out_made = torch.empty_like(out_before).scatter_(0, out_before, torch.arange(len(project)))
+    hidden = _order_hidden(source, target, expand, project[out_made], hidden_before)
+    hidden_made = hidden.new_empty(len(hidden)).scatter_(0, hidden_before, hidden)
+
+    _load_pointwise(target.expansion.conv, expand[hidden_made])
+    _load_rows(source.expansion.bn, target.expansion.bn, hidden_made)
+    _load_rows(source.depthwise, target.depthwise, hidden)
+    _load_pointwise(target.projection.conv, project[out_made][:, hidden])
+    _load_rows(source.projection.bn, target.projection.bn, out_made)
+    _load(source.shortcut, target.shortcut, refusal)
+
+
+def _before(shuffle: nn.Module, channels: int) -> torch.Tensor:
+    """Returns, for each channel behind a shuffle, its place in front of it."""
+    places = torch.arange(channels, dtype=torch.float32).reshape(1, channels, 1, 1)
+    return shuffle(places).flatten().long()
+
+
+def _order_hidden(
+    source: Bottleneck, target: Bottleneck, expand: torch.Tensor, project: torch.Tensor, before: torch.Tensor
+) -> torch.Tensor:
+    """Returns the source's hidden channel that each of the target's takes, in front of the projection.
+
+    Channels are chosen by the energy that they send on, and placed so that the sum of the energy inside the blocks
+    of the target's group convolutions is largest.
+    """
+    count = _hidden(target)
+    importance = project.square().sum(0).sqrt() * source.depthwise.bn.weight.abs()
+    chosen = importance.topk(count).indices.sort().values
+    places = torch.arange(count)
+    value = torch.zeros(count, count)  # (chosen channel, place)
+    for conv, energy, block in (
+        (target.expansion.conv, expand[chosen].square(), before),
+        (target.projection.conv, project[:, chosen].t().square(), places),
+    ):
+        groups = _groups(conv)
+        if groups > 1:
+            shares = energy.unflatten(1, (groups, -1)).sum(2) / energy.sum(1, keepdim=True).clamp_min(1e-12)
+            value += importance[chosen, None] * shares[:, block * groups // count]
+    if not value.any():
+        return chosen
+    rows, columns = linear_sum_assignment(value.numpy(), maximize=True)
+    order = np.empty(count, dtype=np.int64)
+    order[columns] = rows
+    return chosen[torch.from_numpy(order)]
+
+
+def _load_pointwise(conv: nn.Module, weight: torch.Tensor) -> None:
+    """Loads a dense weight (out, in) into a dense, learned or plain group convolution, which keeps its blocks."""
+    groups = _groups(conv)
+    rows = [
+        part.chunk(groups, 1)[group]  # each group's rows and its own inputs
+        for group, part in enumerate(weight.chunk(groups, 0))
+    ]
+    conv.weight.copy_(torch.cat(rows)[:, :, None, None])  # type: ignore[operator, union-attr]
+    if isinstance(conv, mz.LearnedGroupConv2d):
+        conv.mask.fill_(True)
+
+
+def _load_rows(source: nn.Module, target: nn.Module, rows: torch.Tensor) -> None:
+    """Loads a per-channel layer's tensors, each taking the given channels."""
+    for name, value in source.state_dict().items():
+        target.state_dict()[name].copy_(value[rows] if value.ndim else value)
+
+
+# MobileNetV1
+
+
+def _widen(source: nn.Module, target: nn.Module) -> None:
+    """Net2WiderNet: channels are repeated, and what reads them is divided between the copies, at random."""
+    generator = torch.Generator().manual_seed(0)
+    theirs, ours = source.state_dict(), target.state_dict()
+    if list(theirs) != list(ours) or any(ours[name].shape < value.shape for name, value in theirs.items()):
+        raise ValueError("a MobileNetV1 starts from one that is as wide or narrower")
+    for name, value in theirs.items():
+        wide = ours[name]
+        if not value.ndim:
+            wide.copy_(value)
+            continue
+        value = value[torch.arange(len(wide)) % len(value)] if len(wide) != len(value) else value
+        if value.ndim > 1 and wide.shape[1] != value.shape[1]:
+            copy_of = torch.arange(wide.shape[1]) % value.shape[1]
+            # Uneven parts, or copies would learn the same for ever.
+            parts = torch.rand(wide.shape[:2], generator=generator) + 0.5
+            totals = torch.zeros(len(wide), value.shape[1]).index_add_(1, copy_of, parts)
+            parts /= totals[:, copy_of]
+            value = value[:, copy_of] * parts.reshape(*parts.shape, *(1,) * (value.ndim - 2))
+        wide.copy_(value)

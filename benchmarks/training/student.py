@@ -1,0 +1,215 @@
+"""One network that learns: weights, their average, optimiser, pruning stages and log."""
+
+import copy
+import csv
+import ctypes
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.nn import functional as F
+
+import mobilenets_zoo as mz
+from training.initial_weights import start_from
+from training.recipe import Recipe
+
+__all__ = ["LOG_FIELDS", "Student", "keep_freed_memory"]
+
+LOG_FIELDS = (
+    *("epoch", "size", "lr", "train_loss", "train_top1", "holdout_loss", "holdout_top1"),
+    *("images_per_second", "seconds"),
+)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+
+
+class Student:
+    """What one recipe's network needs to take steps, stop and go on."""
+
+    def __init__(self, recipe: Recipe, num_classes: int, total_steps: int, device: torch.device, out: Path):
+        self.recipe, self.out, self.total_steps = recipe, out, total_steps
+        torch.manual_seed(recipe.seed)
+        model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
+        if recipe.init_from:
+            start_from(model, recipe.init_from, recipe.init_sha256)
+        self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
+        self.average = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
+        arguments: dict[str, Any] = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
+        # Only these take part in a CUDA graph: their learning rate is a tensor that a step reads.
+        self.capturable = device.type == "cuda" and recipe.optimizer in ("nmuon", "adamw")
+        if device.type == "cuda":
+            from training.fused_layers import fuse_layers  # imports triton
+
+            fuse_layers(self.model)
+        else:
+            keep_strided_depthwise_in_float32(self.model)
+        if self.capturable:
+            arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
+        self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
+        self.learned = {n: m for n, m in self.model.named_modules() if isinstance(m, mz.LearnedGroupConv2d)}
+        self.schedule = mz.CondenseSchedule(self.model) if self.learned else None
+        # Loss and accuracy, summed on the device and read now and then.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.log: list[dict[str, float]] = []
+        self.masks: list[dict[str, Any]] = []
+
+    def prepare(self, step: int, steps_per_epoch: int) -> None:
+        """Does what comes before a step: prunes what is due and sets the learning rate."""
+        recipe = self.recipe
+        self._prune(step / self.total_steps)
+        warmup = recipe.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            lr = recipe.lr * (step + 1) / warmup
+        else:
+            lr = recipe.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (self.total_steps - warmup)))
+        for group in self.optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def update(self, images: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor | None) -> None:
+        """Takes one optimiser step; a CUDA graph may hold all of it.
+
+        Args:
+            images: (B, 3, size, size).
+            hard: the labels' distributions, (B, classes).
+            soft: the teacher's distributions, softened, or None.
+        """
+        recipe = self.recipe
+        enabled = recipe.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
+            logits = self.model(images)
+        logits = logits.float()
+        loss = recipe.ce_weight * F.cross_entropy(logits, hard)
+        if soft is not None:
+            log_probs = F.log_softmax(logits / recipe.temperature, dim=1)
+            divergence = F.kl_div(log_probs, soft, reduction="batchmean")
+            loss = loss + recipe.kd_weight * recipe.temperature**2 * divergence
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            correct = (logits.argmax(1) == hard.argmax(1)).double().mean()
+            self.sums += torch.stack([loss.detach().double(), correct])
+
+    def _prune(self, progress: float) -> None:
+        """Takes the pruning stages that are due and clears what momentum and average hold at dropped places."""
+        if self.schedule is None or not self.schedule.due(progress):
+            return
+        before = {name: layer.hoyer_index().tolist() for name, layer in self.learned.items()}
+        if not self.schedule.step(progress):
+            return
+        kept = {name: int(layer.mask.sum(1)[0]) for name, layer in self.learned.items()}
+        # A row of hexadecimal digits per group, a bit per input.
+        masks = {n: [r.tobytes().hex() for r in np.packbits(m.mask.cpu().numpy(), 1)] for n, m in self.learned.items()}
+        inputs = {name: layer.in_channels for name, layer in self.learned.items()}
+        entry = {"progress": progress, "hoyer_before": before, "inputs": inputs, "inputs_per_group": kept}
+        self.masks.append({**entry, "masks": masks})
+        for name, layer in self.learned.items():
+            keep = layer.mask.repeat_interleave(layer.out_channels // layer.groups, 0)[:, :, None, None]
+            states = [value for value in self.optimizer.state[layer.weight].values() if torch.is_tensor(value)]
+            tensors = [layer.weight.data, *(value for value in states if value.shape == keep.shape)]
+            if self.average is not None:
+                average = self.average.model.get_submodule(name)
+                assert isinstance(average, mz.LearnedGroupConv2d)
+                average.mask.copy_(layer.mask)
+                tensors.append(average.weight.data)
+            for tensor in tensors:
+                tensor.mul_(keep)
+
+    def final_model(self) -> nn.Module:
+        """Returns the average of the last epoch, or the last weights where the recipe keeps no average."""
+        return self.average.model if self.average is not None else self.model
+
+    def write_logs(self) -> None:
+        with mz.files.atomic_write(self.out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_FIELDS)
+            writer.writeheader()
+            for entry in self.log:
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in entry.items()})
+        if self.masks:
+            with mz.files.atomic_write(self.out / "masks.json", "w") as file:
+                file.write(json.dumps(self.masks) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
+            "sums": self.sums,
+            "log": self.log,
+            "masks": self.masks,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["recipe"] != dataclasses.asdict(self.recipe):
+            raise ValueError(
+                f"the checkpoint was made with another recipe for {self.recipe.model}; choose another --out"
+            )
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sums.copy_(state["sums"])
+        self.log, self.masks = state["log"], state["masks"]
+
+
+class Average:
+    """The exponential moving average of a network's weights and statistics, with a warm-up.
+
+    timm's ModelEmaV3 walks through both state dicts at every step, which costs more than a step on a GPU.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self._pairs = [
+            [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+            for network in (self.model, model)
+        ]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves towards the network after optimiser step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1.0 - decay)
+
+
+def keep_strided_depthwise_in_float32(model: nn.Module) -> None:
+    """Takes depthwise convolutions with a stride out of autocast, in place.
+
+    Their gradient by the input takes oneDNN many times longer in bfloat16 than in float32.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.stride[0] > 1:
+            module.forward = functools.partial(_float32_forward, module)  # type: ignore[method-assign]
+
+
+def _float32_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.Conv2d.forward(conv, x.float()).to(x.dtype)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next step.
+
+    By default every large tensor is mapped anew, and a step on the CPU spends much of its time on page faults.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        mallopt(parameter, value)

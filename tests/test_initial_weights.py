@@ -1,0 +1,155 @@
+"""Starting from another network's weights: what is equal must be equal, and what fits nowhere is refused."""
+
+import hashlib
+
+import pytest
+import timm
+import torch
+from conftest import with_lively_statistics
+from torch import nn
+from training.initial_weights import start_from, transfer
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck
+
+SMALL = dict(width_mult=0.25, expand_ratio=4, num_classes=10)
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def lively(name: str, **kwargs) -> nn.Module:
+    return with_lively_statistics(timm.create_model(name, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv1_w050_cifar100", "mobilenetv1_cifar100"])
+def test_a_wider_network_starts_with_equal_outputs(name):
+    narrow, wide = lively("mobilenetv1_w025_cifar100"), timm.create_model(name).eval()
+    transfer(narrow, wide)
+    mz.check_equivalent(narrow, wide, IMAGES)
+    if name != "mobilenetv1_w025_cifar100":  # copies read their inputs with different weights, or they stay copies
+        weight = wide.blocks[1][0].pointwise.conv.weight
+        half = narrow.blocks[1][0].pointwise.conv.weight.shape[0]
+        assert not torch.allclose(weight[:half], weight[half : 2 * half])
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_lgc_cifar100", "mobilenetv2_lgc_exp_cifar100"])
+def test_learned_groups_start_dense(name):
+    dense, learned = lively("mobilenetv2_cifar100", **SMALL), timm.create_model(name, **SMALL).eval()
+    for module in learned.modules():
+        if isinstance(module, mz.LearnedGroupConv2d):
+            module.prune_(1)
+    transfer(dense, learned)
+    mz.check_equivalent(dense, learned, IMAGES)
+
+
+def block_diagonal(conv: nn.Conv2d) -> torch.Tensor:
+    return torch.block_diag(*conv.weight.flatten(1).chunk(conv.groups))[:, :, None, None]
+
+
+def as_dense(grouped: mz.MobileNetV2, seed: int) -> mz.MobileNetV2:
+    """Returns a dense network with the outputs of a grouped one, its shuffles undone and its hidden channels mixed."""
+    dense = timm.create_model("mobilenetv2_cifar100", **SMALL).eval()
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [[m for m in net.modules() if isinstance(m, Bottleneck)] for net in (grouped, dense)]
+    for name in ("stem", "head_conv", "classifier"):
+        dense.get_submodule(name).load_state_dict(grouped.get_submodule(name).state_dict())
+
+    def before(shuffle: nn.Module, count: int) -> torch.Tensor:
+        return shuffle(torch.arange(count).float().reshape(1, -1, 1, 1)).flatten().long()
+
+    with torch.no_grad():
+        for old, new in zip(*blocks, strict=True):
+            hidden = old.depthwise.conv.in_channels
+            mix = torch.randperm(hidden, generator=generator)
+            made = before(old.shuffle_hidden, hidden)[mix]
+            out = before(old.shuffle_out, old.projection.conv.out_channels)
+            new.expansion.conv.weight.copy_(block_diagonal(old.expansion.conv)[made])
+            new.projection.conv.weight.copy_(block_diagonal(old.projection.conv)[out][:, mix])
+            for part, rows in (("expansion.bn", made), ("depthwise", mix), ("projection.bn", out)):
+                for key, value in old.get_submodule(part).state_dict().items():
+                    new.get_submodule(part).state_dict()[key].copy_(value[rows] if value.ndim else value)
+            new.shortcut.load_state_dict(old.shortcut.state_dict())
+    return dense
+
+
+@pytest.mark.parametrize("kind", ["gc_exp", "gc_proj", "gc"])
+def test_groups_hidden_in_a_dense_network_are_found(kind):
+    """A dense network that is a grouped one in disguise: its channels are put back, and nothing is lost."""
+    name = f"mobilenetv2_{kind}_cifar100"
+    grouped = lively(name, **SMALL)
+    dense = as_dense(grouped, seed=3)
+    mz.check_equivalent(grouped, dense, IMAGES)
+    again = timm.create_model(name, **SMALL).eval()
+    transfer(dense, again)
+    mz.check_equivalent(dense, again, IMAGES)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_gc_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"])
+def test_the_hidden_channels_order_keeps_more_than_the_plain_order(name):
+    """Weight kept in the blocks, against the dense network's own order of channels."""
+    dense, grouped = lively("mobilenetv2_cifar100", **SMALL), timm.create_model(name, **SMALL)
+    transfer(dense, grouped)
+    part = "expansion" if "gc_lgc" in name else "projection"
+    kept = plain = 0.0
+    for old, new in zip(dense.modules(), grouped.modules(), strict=False):
+        assert isinstance(old, Bottleneck) == isinstance(new, Bottleneck)
+    pairs = [[m for m in net.modules() if isinstance(m, Bottleneck)] for net in (dense, grouped)]
+    for old, new in zip(*pairs, strict=True):
+        kept += new.get_submodule(part).conv.weight.square().sum().item()
+        weight = old.get_submodule(part).conv.weight.flatten(1)
+        plain += sum(rows.chunk(4, 1)[g].square().sum().item() for g, rows in enumerate(weight.chunk(4)))
+    assert kept > 1.2 * plain
+
+
+def test_fewer_hidden_channels_are_those_that_matter():
+    """Channels whose projection is zero are the ones to go: nothing changes."""
+    big, small = (
+        lively("mobilenetv2_cifar100", **SMALL),
+        timm.create_model("mobilenetv2_cifar100", **{**SMALL, "expand_ratio": 2}),
+    )
+    with torch.no_grad():
+        for block in big.modules():
+            if isinstance(block, Bottleneck) and block.depthwise.conv.in_channels != block.expansion.conv.in_channels:
+                block.projection.conv.weight[:, ::2] = 0
+    transfer(big, small.eval())
+    mz.check_equivalent(big, small, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("mobilenetv1_w050_cifar100", "mobilenetv1_w025_cifar100"),
+        ("mobilenetv2_t1_cifar100", "mobilenetv2_cifar100"),
+        ("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"),
+        ("mobilenetv1_cifar100", "mobilenetv2_cifar100"),
+    ],
+)
+def test_pairs_without_a_rule_are_refused(source, target):
+    with pytest.raises(ValueError, match="start"):
+        transfer(timm.create_model(source), timm.create_model(target))
+
+
+def test_a_package_file_is_checked_and_keeps_the_new_classifier(tmp_path, monkeypatch):
+    model = timm.create_model("mobilenetv1_w025_cifar100", num_classes=7)
+    other = lively("mobilenetv1_w025_cifar100", num_classes=5)
+    package = tmp_path / "some_model_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    torch.save({f"x{i}": t for i, t in enumerate(other.state_dict().values())}, package / "w.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = hashlib.sha256((package / "w.pth").read_bytes()).hexdigest()
+    classifier = model.classifier.weight.clone()
+    start_from(model, "package:some_model_package/w.pth", digest)
+    assert torch.equal(model.stem.conv.weight, other.stem.conv.weight)
+    assert torch.equal(model.classifier.weight, classifier)
+    with pytest.raises(ValueError, match="altered"):
+        start_from(model, "package:some_model_package/w.pth", "0" * 64)
+    with pytest.raises(ValueError, match="pip install no-such-package"):
+        start_from(model, "package:no_such_package/w.pth", digest)
+    with pytest.raises(ValueError, match="tensors"):
+        start_from(timm.create_model("mobilenetv2_t1_cifar100"), "package:some_model_package/w.pth", digest)
+
+
+@pytest.mark.parametrize("source", ["nonsense", "mobilenetv1_w025_cifar100=/no.safetensors"])
+def test_a_missing_source_is_named(source):
+    with pytest.raises(ValueError, match=r"init_from '.*' can't be loaded"):
+        start_from(timm.create_model("mobilenetv1_w025_cifar100"), source)
