@@ -4,7 +4,8 @@
 
 DIR under --run is what benchmarks/train.py wrote. The weight is loaded as users load it, masked and condensed; both
 forms must agree. --bundle writes mobilenets_zoo/weights/NAME.safetensors, its row in the manifest,
-benchmarks/results/NAME.json and benchmarks/logs/NAME.csv.
+benchmarks/results/NAME.json and benchmarks/logs/NAME.csv; NAME is the model's, and model.tag where the tag isn't the
+model's default.
 """
 
 import argparse
@@ -19,9 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from environment import environment
-from recipe import Recipe, load_recipe
+from training.recipe import Recipe, load_recipe
+from training.soft_labels import SoftLabels
 from weight_files import create_from_file
 
 import mobilenets_zoo as mz
@@ -29,7 +32,8 @@ from mobilenets_zoo.cli import progress_bar
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.pretrained import WEIGHTS_DIR
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
 
 
 def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str) -> dict[str, Any]:
@@ -64,9 +68,10 @@ def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str
     return {
         "model": recipe.model,
         "tag": recipe.tag,
-        "recipe_file": str(recipe_path.resolve().relative_to(ROOT)),
+        "recipe_file": str(recipe_path),
         "recipe": dataclasses.asdict(recipe),
         "seed": recipe.seed,
+        "taught_by": taught_by(recipe),
         "params": profile.params,
         "macs": profile.macs,
         "sha256": digest,
@@ -77,6 +82,17 @@ def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str
         "sample_logits": sample_logits,
         "evaluation": {**result.to_dict(), "data_sha256": images.sha256(), "environment": environment(device)},
     }
+
+
+def taught_by(recipe: Recipe) -> str | None:
+    """Returns the teacher and what it was pretrained on, None without one."""
+    return SoftLabels.load(BENCHMARKS / recipe.soft_labels).info["taught_by"] if recipe.soft_labels else None
+
+
+def file_stem(recipe: Recipe) -> str:
+    """Returns the name of a weight's files: the model's, or model.tag where the tag isn't the default."""
+    cfg = timm.get_pretrained_cfg(recipe.model)
+    return recipe.model if cfg is not None and cfg.tag == recipe.tag else f"{recipe.model}.{recipe.tag}"
 
 
 def eager_milliseconds(model: torch.nn.Module) -> float:
@@ -95,32 +111,30 @@ def eager_milliseconds(model: torch.nn.Module) -> float:
     return round(statistics.median(times[10:]), 2)
 
 
-def bundle(recipe: Recipe, recipe_path: Path, run: Path, result: dict[str, Any]) -> None:
+def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
     """Puts weight, manifest row, result and log where the package and the tables read them."""
     name, key = recipe.model, f"{recipe.model}.{recipe.tag}"
     manifest_file = WEIGHTS_DIR / "manifest.json"
-    manifest = json.loads(manifest_file.read_text())
+    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
     if key in manifest and manifest[key]["sha256"] != result["sha256"]:
         raise ValueError(f"{key} is in the manifest with another weight; a new training needs a new tag")
 
-    result_file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    stem = file_stem(recipe)
+    weights = WEIGHTS_DIR / f"{stem}.safetensors"
+    result_file = ROOT / "benchmarks" / "results" / f"{stem}.json"
     logs = ROOT / "benchmarks" / "logs"
-    copies = [
-        (WEIGHTS_DIR / f"{name}.safetensors", run / "model.safetensors"),
-        (logs / f"{name}.csv", run / "log.csv"),
-    ]
+    copies = [(weights, run / "model.safetensors"), (logs / f"{stem}.csv", run / "log.csv")]
     if (run / "masks.json").exists():
-        copies.append((logs / f"{name}.masks.json", run / "masks.json"))
+        copies.append((logs / f"{stem}.masks.json", run / "masks.json"))
     for target, source in copies:
         target.parent.mkdir(parents=True, exist_ok=True)
         with mz.files.atomic_write(target) as file, open(source, "rb") as content:
             shutil.copyfileobj(content, file)
     result_file.parent.mkdir(parents=True, exist_ok=True)
-    with mz.files.atomic_write(result_file, "w") as file:
+    with mz.files.atomic_write(result_file, "w", encoding="utf-8") as file:
         file.write(json.dumps(result, indent=2) + "\n")
 
-    weights = WEIGHTS_DIR / f"{name}.safetensors"
-    # One bundled file per model: an older tag's row goes with its file.
+    # A file holds one weight: an older tag's row goes with its file.
     manifest = {other: row for other, row in manifest.items() if row["file"] != weights.name}
     manifest[key] = {
         "file": weights.name,
@@ -134,8 +148,9 @@ def bundle(recipe: Recipe, recipe_path: Path, run: Path, result: dict[str, Any])
         "result": str(result_file.relative_to(ROOT)),
         "hub_id": f"mobilenets-zoo/{name}",
         "revision": None,
+        "taught_by": result["taught_by"],
     }
-    with mz.files.atomic_write(manifest_file, "w") as file:
+    with mz.files.atomic_write(manifest_file, "w", encoding="utf-8") as file:
         file.write(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n")
 
 
@@ -149,11 +164,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         recipe = load_recipe(args.recipe)
-        result = measure(recipe, args.recipe, args.run, args.data, args.device)
+        path = args.recipe.resolve()
+        if path.is_relative_to(ROOT):
+            path = path.relative_to(ROOT)
+        elif args.bundle:
+            raise ValueError(f"{args.recipe} lies outside {ROOT}: a bundled weight's recipe is part of the project")
+        result = measure(recipe, path, args.run, args.data, args.device)
         scores = result["evaluation"]
         print(f"{recipe.model}.{recipe.tag}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
         if args.bundle:
-            bundle(recipe, args.recipe, args.run, result)
+            bundle(recipe, args.run, result)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 
 import mobilenets_zoo as mz
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "benchmarks" / "logs"
 LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
 
+LEARNED = "mobilenetv2_lgc_cifar100"  # whose masks are shown
 OURS, ORIGINAL, PEERS = "#1f6fb4", "#7f7f7f", "#d9742b"
 
 # Published CIFAR-100 top-1 without extra data: name, millions of MACs, top-1. A dagger marks a checkpoint that was
@@ -178,7 +180,8 @@ def short(name: str) -> str:
 
 def all_figures(original_top1: dict[str, float]) -> list[Figure]:
     """Returns every picture that the files in the repository allow."""
-    weights = {entry.model: entry for entry in mz.manifest().values()}
+    defaults = {name: timm.get_pretrained_cfg(name).tag for name in timm.list_models("*_cifar100")}
+    weights = {entry.model: entry for entry in mz.manifest().values() if defaults[entry.model] == entry.tag}
     costs = mz.profiling.deployed_profiles()
     macs = {
         "published": PUBLISHED,
@@ -194,24 +197,25 @@ def all_figures(original_top1: dict[str, float]) -> list[Figure]:
         forms = {name: "textbook" if (name, "textbook") in measured else "plain" for name in original_top1}
         against = {
             "original": [[n, latency_of(document, n, forms[n]), top1] for n, top1 in original_top1.items()],
-            "zoo": [[short(n), latency_of(document, n, "optimized"), entry.top1] for n, entry in weights.items()],
+            "zoo": [
+                [short(n), latency_of(document, n, "optimized"), entry.top1]
+                for n, entry in weights.items()
+                if (n, "optimized") in measured
+            ],
             "peers": [["MobileNetV2", peer, peer_top1]],
         }
         figures.append(Figure("accuracy_latency", against, draw_accuracy_against_latency))
 
     curves = {}
-    for name in weights:
-        with open(LOGS / f"{name}.csv", newline="") as file:
+    for name, entry in weights.items():
+        with open(LOGS / f"{Path(entry.result).stem}.csv", newline="") as file:
             columns = ("epoch", "train_loss", "train_top1")
             curves[short(name)] = [{key: float(row[key]) for key in columns} for row in csv.DictReader(file)]
     figures.append(Figure("training_curves", curves, draw_training_curves))
 
-    for name in weights:
-        log = LOGS / f"{name}.masks.json"
-        if log.exists():
-            stages = json.loads(log.read_text())
-            figures.append(Figure(f"hoyer_{short(name)}", hoyer(stages), draw_hoyer))
-            figures.append(Figure(f"mask_{short(name)}", mask_stages(stages), draw_mask))
+    stages = json.loads((LOGS / f"{LEARNED}.masks.json").read_text())
+    figures.append(Figure(f"hoyer_{short(LEARNED)}", hoyer(stages), draw_hoyer))
+    figures.append(Figure(f"mask_{short(LEARNED)}", mask_stages(stages), draw_mask))
     return figures
 
 

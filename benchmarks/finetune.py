@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from augment import crop_and_flip
 from environment import environment
 from PIL import Image
 from rich.console import Console
@@ -30,9 +29,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional as F
+from training.augment import count_views, crop_and_mirror
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import evaluate, preprocess
+from mobilenets_zoo.publish import write_config
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLIT_SEED = 0
@@ -175,7 +176,10 @@ def finetune(model: nn.Module, data: DataSet, args: argparse.Namespace, progress
                 schedule.step(step / total)
             scheduler.step_update(step)
             chosen = order[i * args.batch_size : (i + 1) * args.batch_size]
-            pixels = preprocess(crop_and_flip(images[chosen], padding, generator, data.flip), cfg["mean"], cfg["std"])
+            views = torch.randint(count_views(padding), (len(chosen),), generator=generator)
+            if not data.flip:
+                views -= views % 2  # odd views are mirrored
+            pixels = preprocess(crop_and_mirror(images[chosen], views, padding), cfg["mean"], cfg["std"])
             loss = F.cross_entropy(model(pixels), labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -221,6 +225,7 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         mz.save_weights(model, args.out / "model.safetensors")
+        write_config(model, args.out / "config.json")
         mz.export_onnx(mz.optimize_for_inference(model), args.out / "model.onnx", preprocessing=True)
         with mz.files.atomic_write(args.out / "result.json", "w") as file:
             file.write(json.dumps(result, indent=2) + "\n")

@@ -23,7 +23,11 @@ STARTS: dict[str, list[str]] = {"fine-tuned": [], "classifier alone": ["--freeze
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=[entry.model for entry in mz.manifest().values()])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100", "mobilenetv2_t1_cifar100"],
+    )
     parser.add_argument("--epochs", type=int, nargs="+", default=[3, 15])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(argv)

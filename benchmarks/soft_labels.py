@@ -10,6 +10,7 @@ them at the resolution it was trained at. A view costs 2 * kept + 2 bytes.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -50,7 +51,7 @@ class Teacher:
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Maps uint8 (N, H, W, C) to probabilities (N, classes)."""
-        cfg = self.model.pretrained_cfg
+        cfg: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         pixels = resize(preprocess(images, cfg["mean"], cfg["std"]), self.recipe.sizes[-1][1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return self.model(pixels).float().softmax(1)
@@ -80,7 +81,7 @@ def compute(
             for start in range(0, len(data), batch):
                 part = slice(start, start + batch)
                 seen = crop_and_mirror(images[part], drawn[part, v].to(device), padding)
-                probabilities = sum(teacher(seen) for teacher in teachers) / len(teachers)
+                probabilities = torch.stack([teacher(seen) for teacher in teachers]).mean(0)
                 classes[part, v], log_probs[part, v], rest[part, v] = pack(probabilities, kept)
                 progress.advance(task, len(seen))
     info = {

@@ -7,6 +7,7 @@ file stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; pictures are 
 """
 
 import argparse
+import csv
 import dataclasses
 import json
 import re
@@ -19,8 +20,10 @@ import timm
 from figures import all_figures
 from latency import BATCHES, THREADS
 from rewrite_choice import totals
+from training.recipe import load_recipe
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.cli import FAST_MS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,18 +72,59 @@ def milliseconds(document: dict[str, Any], **wanted: Any) -> float | None:
     return rows[0]["ms"] if rows else None
 
 
+# How the tables time a model.
+DEPLOYED: dict[str, Any] = dict(form="optimized", runtime="onnxruntime", precision="fp32", threads=1, batch=1)
+
+
+def default_weights() -> dict[str, mz.pretrained.WeightEntry]:
+    """Returns the weight that each model loads by default."""
+    defaults = {name: timm.get_pretrained_cfg(name).tag for name in timm.list_models("*_cifar100")}
+    return {entry.model: entry for entry in mz.manifest().values() if defaults[entry.model] == entry.tag}
+
+
 def models_table(costs: dict[str, mz.Profile]) -> str:
-    weights = {entry.model: entry for entry in mz.manifest().values()}
+    weights = default_weights()
     latency = load_latency()
-    deployed = dict(form="optimized", runtime="onnxruntime", precision="fp32", threads=1, batch=1)
     rows = []
     for name, cost in sorted(costs.items(), key=lambda item: (item[0].split("_")[0], -item[1].macs, item[0])):
         entry = weights.get(name)
         top1, tag = (f"{entry.top1:.2f}", f"`{entry.tag}`") if entry else ("-", "not trained yet")
-        time = milliseconds(latency, model=name, **deployed)
+        time = milliseconds(latency, model=name, **DEPLOYED)
         row = [f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", f"{time:.2f}" if time else "-"]
-        rows.append([*row, top1, f"{ORIGINAL_TOP1[name]:.2f}", tag])
+        original = f"{ORIGINAL_TOP1[name]:.2f}" if name in ORIGINAL_TOP1 else "-"
+        rows.append([*row, top1, original, tag])
     return markdown(["model", "params (M)", "MACs (M)", "ms", "top-1 (%)", "original (%)", "weights"], rows)
+
+
+def flagship() -> str:
+    """Returns the README's sentence on the best network that answers in under 10 ms."""
+    latency = load_latency()
+    times = {name: milliseconds(latency, model=name, **DEPLOYED) or 0.0 for name in ORIGINAL_TOP1}
+    best = max((e for e in default_weights().values() if times[e.model] < FAST_MS), key=lambda entry: entry.top1)
+    others = sum(entry.taught_by is not None for entry in mz.manifest().values()) - 1
+    alone = [f"`{entry.name}`" for entry in mz.manifest().values() if not entry.taught_by]
+    result = json.loads((ROOT / best.result).read_text())
+    return (
+        f"`{best.model}` has **{best.top1:.2f} % top-1** with {best.params / 1e6:.2f} M parameters in "
+        f"{times[best.model]:.1f} ms an image (the architecture's source reports {ORIGINAL_TOP1[best.model]:.2f} %), "
+        f"after {result['recipe']['epochs']} epochs on one {result['training']['device']}. It and {others} other "
+        "weights were taught by an EfficientNet-Lite2 that was pretrained on ImageNet-1k and fine-tuned here "
+        f"([how](docs/training.md)); {' and '.join(alone)} learned from CIFAR-100's labels alone."
+    )
+
+
+def state() -> str:
+    """Returns the README's paragraph on how the weights compare with the original's."""
+    weights = {name: entry for name, entry in default_weights().items() if name in ORIGINAL_TOP1}
+    gaps = {name: entry.top1 - ORIGINAL_TOP1[name] for name, entry in weights.items()}
+    above = [f"`{name}` ({gap:+.2f})" for name, gap in sorted(gaps.items(), key=lambda item: -item[1]) if gap >= 0]
+    below = {name: -gap for name, gap in gaps.items() if gap < 0}
+    text = f"**The state of the weights.** {', '.join(above) or 'None'} of {len(gaps)} reach the original's accuracy"
+    if below:
+        epochs = [json.loads((ROOT / weights[name].result).read_text())["recipe"]["epochs"] for name in below]
+        text += f"; the others are {min(below.values()):.1f} to {max(below.values()):.1f} points below it. Theirs were "
+        text += f"short runs of {min(epochs)} to {max(epochs)} epochs, where the original took 400"
+    return f"{text}."
 
 
 def weights_table() -> str:
@@ -88,7 +132,10 @@ def weights_table() -> str:
     for entry in mz.manifest().values():
         result = json.loads((ROOT / entry.result).read_text())
         scores, training = result["evaluation"], result["training"]
-        files = {"recipe": entry.recipe, "log": f"benchmarks/logs/{entry.model}.csv", "result": entry.result}
+        log = f"benchmarks/logs/{Path(entry.result).stem}.csv"
+        files = {"recipe": entry.recipe, "log": log, "result": entry.result}
+        together = training.get("together", 1)
+        shared = f" for {together} together" if together > 1 else ""
         rows.append(
             [
                 f"`{entry.name}`",
@@ -98,12 +145,103 @@ def weights_table() -> str:
                 f"{scores['ece']:.1f}",
                 ", ".join(f"[{label}](../{path})" for label, path in files.items()),
                 str(result["recipe"]["epochs"]),
-                f"{result['training_seconds'] / 60:.0f}",
+                f"{result['training_seconds'] / 60:.1f}{shared}",
                 training["device"],
+                entry.taught_by.partition(".")[0] if entry.taught_by else "the labels alone",
             ]
         )
-    header = ["weight", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", "files", "epochs", "minutes", "trained on"]
+    header = [
+        "weight",
+        "top-1 (%)",
+        "top-5 (%)",
+        "loss",
+        "ECE (%)",
+        "files",
+        "epochs",
+        "minutes",
+        "trained on",
+        "taught by",
+    ]
     return markdown(header, rows)
+
+
+# What a group is worth: the dense parent, and the networks that started from it with one recipe.
+FAMILY = (
+    *("mobilenetv2_cifar100", "mobilenetv2_lgc_cifar100", "mobilenetv2_gc_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"),
+    *("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_proj_cifar100", "mobilenetv2_gc_proj_cifar100"),
+    *("mobilenetv2_lgc_exp_cifar100", "mobilenetv2_gc_exp_cifar100", "mobilenetv2_t4_cifar100"),
+)
+
+
+def family_table(costs: dict[str, mz.Profile]) -> str:
+    weights, latency = default_weights(), load_latency()
+    rows = []
+    for name in FAMILY:
+        entry, cost = weights[name], costs[name]
+        result = json.loads((ROOT / entry.result).read_text())
+        parent = result["recipe"]["init_from"].partition(".")[0]
+        start = (
+            f"`{parent}`, then {result['recipe']['epochs']} epochs"
+            if parent
+            else f"{result['recipe']['epochs']} epochs"
+        )
+        sizes = [
+            f"{cost.params / 1e6:.3f}",
+            f"{cost.macs / 1e6:.1f}",
+            f"{milliseconds(latency, model=name, **DEPLOYED):.2f}",
+        ]
+        rows.append([f"`{name}`", *sizes, f"{result['training_loss']:.3f}", f"{entry.top1:.2f}", start])
+    return markdown(["model", "params (M)", "MACs (M)", "ms", "training loss", "top-1 (%)", "training"], rows)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def teacher_table() -> str:
+    rows = [
+        [
+            row["epoch"],
+            row["size"],
+            f"{float(row['train_top1']):.1f}",
+            f"{float(row['holdout_top1']):.2f}",
+            f"{float(row['seconds']):.1f}",
+        ]
+        for row in read_log(ROOT / "benchmarks" / "teacher" / "log.csv")
+    ]
+    device = json.loads((ROOT / "benchmarks" / "teacher" / "run.json").read_text())["device"]
+    header = ["epoch", "pixels", "training top-1 (%)", "held-out top-1 (%)", "seconds"]
+    return f"{markdown(header, rows)}\n\nOn one {device}; training top-1 is of batches half of which CutMix has mixed."
+
+
+def tuning_table() -> str:
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "recipes" / "tuning").glob("*.toml")):
+        recipe = load_recipe(path)
+        log = read_log(ROOT / "benchmarks" / "logs" / "tuning" / f"{path.stem}.csv")
+        last = [f"{float(log[-1][key]):.2f}" for key in ("train_top1", "holdout_top1")]
+        rows.append([f"`{recipe.model}`", f"{recipe.lr:g}", str(recipe.batch_size), str(len(log)), *last])
+    return markdown(["model", "Muon's lr", "batch", "epochs", "training top-1 (%)", "held-out top-1 (%)"], rows)
+
+
+def train_speed_table() -> str:
+    document = json.loads((RESULTS / "train_speed.json").read_text())
+    rows = [
+        [
+            f"`{row['model']}`",
+            row["way"],
+            f"{row['images_per_second']:.0f}",
+            f"{row['images_per_second'] / 2:.0f}",
+            f"{100 * row['outside']:.1f}",
+        ]
+        for row in document["rows"]
+    ]
+    env = document["environment"]
+    header = ["model", "way", "images/s", "per core", "outside network and optimiser (%)"]
+    source = f"On two cores of an {env['device']}, torch {env['torch']}, {document['precision']}, batch "
+    source += f"{document['batch_size']}, {document['optimizer']}, medians of {document['turns']} turns."
+    return f"{markdown(header, rows)}\n\n{source}"
 
 
 def condensed_layer_table() -> str:
@@ -255,8 +393,9 @@ def finetune_table() -> str:
         cell = groups.setdefault((row["model"], row["data"], row["epochs"]), {})
         cell.setdefault(row["method"], []).append(row["evaluation"]["top1"])
     methods = list(dict.fromkeys(row["method"] for row in document["rows"]))
+    tags = {row["model"]: row["start"] for row in document["rows"] if row["start"] != "scratch"}
     rows = [
-        [f"`{model}`", data, str(epochs), *(_mean_and_range(cell[method]) for method in methods)]
+        [f"`{model}.{tags[model]}`", data, str(epochs), *(_mean_and_range(cell[method]) for method in methods)]
         for (model, data, epochs), cell in groups.items()
     ]
     env, seeds = document["environment"], len({row["seed"] for row in document["rows"]})
@@ -288,11 +427,21 @@ def with_table(path: Path, name: str, table: str, texts: dict[Path, str]) -> Non
 def generated() -> dict[Path, str]:
     """Returns the content that each generated file should have."""
     costs = profiles()
-    rows = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
+    latency = load_latency()
+    rows = {
+        name: {**dataclasses.asdict(cost), "ms": milliseconds(latency, model=name, **DEPLOYED)}
+        for name, cost in costs.items()
+    }
     texts = {ROOT / "mobilenets_zoo" / "profiles.json": json.dumps(rows, indent=2) + "\n"}
     with_table(ROOT / "README.md", "models", models_table(costs), texts)
+    with_table(ROOT / "README.md", "flagship", flagship(), texts)
+    with_table(ROOT / "README.md", "state", state(), texts)
     with_table(ROOT / "docs" / "models.md", "models", models_table(costs), texts)
     with_table(ROOT / "docs" / "models.md", "weights", weights_table(), texts)
+    with_table(ROOT / "docs" / "lgc.md", "family", family_table(costs), texts)
+    with_table(ROOT / "docs" / "training.md", "teacher", teacher_table(), texts)
+    with_table(ROOT / "docs" / "training.md", "tuning", tuning_table(), texts)
+    with_table(ROOT / "docs" / "training.md", "train-speed", train_speed_table(), texts)
     with_table(ROOT / "docs" / "design.md", "condensed-layer", condensed_layer_table(), texts)
     with_table(ROOT / "docs" / "design.md", "rewrite-choice", rewrite_choice_table(), texts)
     condensing = ROOT / "docs" / "condensing.md"

@@ -1,144 +1,137 @@
-"""Compares the trainer's images per second with timm's loader and a plain eager step, in turns on one machine.
+"""Measures the trainer's images per second on a CPU: one process with two threads against two with one thread each.
 
-    python benchmarks/train_speed.py --data DIR [--device cuda] [--out benchmarks/results/train_speed.json]
+    python benchmarks/train_speed.py --data DIR [--models NAME ...] [--out benchmarks/results/train_speed.json]
 
-Both sides train the same model with the same batch size, crops, flips, precision and optimiser. timm's side decodes and
-augments each image on the processor with its own loader and steps in eager mode; ours keeps the data set on the
-device and augments whole batches there.
+The ways take turns, each in fresh processes; two processes start their timed steps together. Beside the rate stands the
+share of a step that is neither network nor optimiser: choosing and cropping images, reading soft labels, averaging the
+weights.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import timm
-import torch
-import train
-from environment import environment
-from PIL import Image
-from recipe import Recipe
-from timm.data import create_loader
-from timm.optim import create_optimizer_v2
-from torch.nn import functional as F
-from torch.utils.data import Dataset
-from torchvision import transforms
+from typing import Any
 
 import mobilenets_zoo as mz
 
-
-class Images(Dataset):
-    """The image set as Pillow images, as timm's loader expects them."""
-
-    def __init__(self, data: mz.data.ImageSet):
-        self.data = data
-        self.transform: Callable | None = None  # set by timm's create_loader
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> tuple[object, int]:
-        image = Image.fromarray(self.data.images[i])
-        return (self.transform(image) if self.transform else image), int(self.data.labels[i])
+MODELS = ("mobilenetv1_w025_cifar100", "mobilenetv2_t1_cifar100", "mobilenetv2_lgc_cifar100")
+SOFT_LABELS = Path(__file__).resolve().parent / "teacher" / "soft_labels.safetensors"
+WAYS = {"one process, 2 threads": (1, 2), "two processes, 1 thread each": (2, 1)}
 
 
-def timm_side(recipe: Recipe, data: mz.data.ImageSet, device: torch.device, workers: int) -> Iterator[None]:
-    """Yields after every step."""
-    model = timm.create_model(recipe.model, num_classes=len(data.classes)).to(device)
-    model = model.to(memory_format=torch.channels_last).train()
-    optimizer = create_optimizer_v2(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    cfg = model.pretrained_cfg
-    loader = create_loader(
-        Images(data),
-        input_size=cfg["input_size"],
-        batch_size=recipe.batch_size,
-        is_training=True,
-        no_aug=True,
-        mean=cfg["mean"],
-        std=cfg["std"],
-        num_workers=workers,
-        use_prefetcher=device.type == "cuda",
-        device=device,
-        persistent_workers=workers > 0,
-    )
-    head = [transforms.RandomCrop(32, padding=recipe.crop_padding), transforms.RandomHorizontalFlip()]
-    loader.dataset.transform = transforms.Compose([*head, *loader.dataset.transform.transforms[-2:]])
-    while True:
-        for images, labels in loader:
-            images = images.to(device, memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield
+def worker(args: argparse.Namespace) -> None:
+    """Takes steps and prints images per second and the share of the time outside network and optimiser."""
+    import torch
+    import train
+    from training.recipe import Recipe
+    from training.soft_labels import SoftLabels
+    from training.student import Student, keep_freed_memory
 
-
-def our_side(recipe: Recipe, data: mz.data.ImageSet, device: torch.device, compiled: bool) -> Iterator[None]:
-    """Yields after every step."""
-    trainer = train.Trainer([recipe], data, None, device, Path("."), compiled)
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    data = mz.data.load_images(args.data, "train")
+    arguments: dict[str, Any] = dict(epochs=2, batch_size=args.batch_size, precision=args.precision, ema_decay=0.99)
+    arguments.update(optimizer=args.optimizer, soft_labels=str(SOFT_LABELS), kd_weight=0.9, cutmix=0.5)
+    recipe = Recipe(args.models[0], "speed", **arguments)
+    labels = SoftLabels.load(SOFT_LABELS)
+    trainer = train.Trainer([recipe], data, labels, None, torch.device("cpu"), Path("."))
     trainer.students[0].model.train()
-    while True:
-        order = trainer.order(0)
-        for i in range(trainer.steps_per_epoch):
-            trainer.step = 0  # the schedule doesn't matter here
-            trainer.train_step(order[i * recipe.batch_size : (i + 1) * recipe.batch_size], 32)
-            yield
+    plan = train.Plan(recipe, 0, data, trainer.soft_labels, trainer.device)
+    inside = 0.0
+    update = Student.update
+
+    def timed(self: Student, *inputs: Any) -> None:
+        nonlocal inside
+        start = time.perf_counter()
+        update(self, *inputs)
+        inside += time.perf_counter() - start
+
+    Student.update = timed  # type: ignore[method-assign, assignment]
+    trainer.train_step(plan, 0, 32)
+    print("ready", flush=True)
+    sys.stdin.readline()  # until all processes are ready
+    inside, start = 0.0, time.perf_counter()
+    for i in range(1, args.steps + 1):
+        trainer.train_step(plan, i, 32)
+    seconds = time.perf_counter() - start
+    result = {"images_per_second": args.steps * args.batch_size / seconds, "outside": 1.0 - inside / seconds}
+    print(json.dumps(result), flush=True)
 
 
-def seconds(side: Iterator[None], steps: int, device: torch.device) -> float:
-    start = time.perf_counter()
-    for _ in range(steps):
-        next(side)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def measure(args: argparse.Namespace, model: str, processes: int, threads: int) -> dict[str, float]:
+    """Returns the processes' images per second together and their mean share outside network and optimiser."""
+    command = [sys.executable, __file__, "--worker", "--models", model, "--threads", str(threads), "--data", args.data]
+    command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps), "--precision", args.precision]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    running = [
+        subprocess.Popen(
+            [*command, "--optimizer", args.optimizer], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(processes)
+    ]
+    for process in running:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "ready":
+            raise ValueError(f"a process of {model} failed; its error is above")
+    results = []
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in running:
+        assert process.stdout is not None
+        results.append(json.loads(process.stdout.readline()))
+        process.wait()
+    return {
+        "images_per_second": sum(result["images_per_second"] for result in results),
+        "outside": statistics.mean(result["outside"] for result in results),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", default="mobilenetv1_w025_cifar100")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="steps in a turn")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="processes of timm's loader")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile our side's network")
+    parser.add_argument("--data", required=True, help="Parquet folder, torchvision root or Hub id")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a process")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--optimizer", default="nesterov")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    data = mz.data.load_images(args.data, "train")
-    recipe = Recipe(args.model, "speed", epochs=1, batch_size=args.batch_size)
-    sides = {
-        "timm": timm_side(recipe, data, device, args.workers),
-        "ours": our_side(recipe, data, device, args.compile),
-    }
-    for side in sides.values():
-        seconds(side, 3, device)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.turns):
-        for name, side in sides.items():
-            times[name].append(seconds(side, args.steps, device))
-    images = args.steps * args.batch_size
-    rates = {name: images / statistics.median(values) for name, values in times.items()}
-    ratios = sorted(theirs / ours for theirs, ours in zip(times["timm"], times["ours"], strict=True))
-    result = {
-        "model": args.model,
-        "batch_size": args.batch_size,
-        "compiled": args.compile,
-        "images_per_second": rates,
-        "ratio": {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]},
-        "environment": environment(args.device),
-    }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        with mz.files.atomic_write(args.out, "w") as file:
-            file.write(json.dumps(result, indent=2) + "\n")
+    try:
+        if args.worker:
+            worker(args)
+            return 0
+        rows = []
+        for model in args.models:
+            turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+            for _ in range(args.turns):
+                for way, (processes, threads) in WAYS.items():
+                    turns[way].append(measure(args, model, processes, threads))
+            for way, results in turns.items():
+                row: dict[str, Any] = {"model": model, "way": way}
+                for key in ("images_per_second", "outside"):
+                    row[key] = statistics.median(result[key] for result in results)
+                rows.append(row)
+                print(json.dumps(row))
+        from environment import environment
+
+        shared = {"optimizer": args.optimizer, "precision": args.precision, "batch_size": args.batch_size}
+        document = {**shared, "turns": args.turns, "rows": rows, "environment": environment()}
+        if args.out:
+            with mz.files.atomic_write(args.out, "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
     return 0
 
 

@@ -4,7 +4,7 @@ import timm, mobilenets_zoo
 model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
-from mobilenets_zoo import data, exporting, files, models, pretrained, profiling
+from mobilenets_zoo import data, evaluation, exporting, files, models, pretrained, profiling
 from mobilenets_zoo.classes import CIFAR100_CLASSES
 from mobilenets_zoo.condensing import CondenseSchedule, check_equivalent, condense, group_lasso
 from mobilenets_zoo.converting import ConversionReport, to_learned_group_conv
@@ -31,6 +31,7 @@ __all__ = [
     "check_equivalent",
     "condense",
     "data",
+    "evaluation",
     "export_onnx",
     "exporting",
     "files",

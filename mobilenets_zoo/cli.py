@@ -1,6 +1,5 @@
 """The command line: `mobilenets-zoo list | info | predict | evaluate | export | publish`."""
 
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -46,6 +45,10 @@ def cli() -> None:
     """Small, fast CIFAR-100 networks: list them, classify images, measure them."""
 
 
+# The slowest network that `predict` takes by itself, milliseconds an image.
+FAST_MS = 10
+MAX_IMAGE_BYTES = 64 * 2**20
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
 
@@ -58,14 +61,15 @@ def list_models(as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "params (M)", "MACs (M)", "top-1 (%)", "weights")
+    table = Table("model", "params (M)", "MACs (M)", "ms", "top-1 (%)", "weights")
     for column in table.columns[1:4]:
         column.justify = "right"
     for row in rows:
         weights = row["weights"]
         top1 = f"{weights['top1']:.2f}" if weights else "-"
         tag = weights["tag"] if weights else "not trained yet"
-        table.add_row(row["name"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}", top1, tag)
+        milliseconds = f"{row['ms']:.2f}" if row["ms"] else "-"
+        table.add_row(row["name"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}", milliseconds, top1, tag)
     _console().print(table)
 
 
@@ -94,6 +98,7 @@ def info(name: str, as_json: bool) -> None:
     weights = summary["weights"]
     if weights:
         table.add_row("weights", f"{weights['tag']}: top-1 {weights['top1']:.2f} %, top-5 {weights['top5']:.2f} %")
+        table.add_row("taught by", weights["taught_by"] or "the labels alone")
         table.add_row("recipe", weights["recipe"])
         table.add_row("file", f"{weights['file']}, {weights['bytes']:,} bytes, sha256 {weights['sha256']}")
         hub = f"{weights['hub_id']} at {weights['revision']}" if weights["revision"] else "not published yet"
@@ -105,7 +110,9 @@ def info(name: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--model", "name", help="Model to use; by default the most accurate one.")
+@click.option(
+    "--model", "name", help=f"Model to use; by default the most accurate one that takes less than {FAST_MS} ms."
+)
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 100), help="Classes to show.")
 @json_option
 def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: bool) -> None:
@@ -115,7 +122,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: boo
     results: list[dict[str, Any]] = []
     for image in images:
         try:
-            pixels = transform(read_image(image))
+            pixels = transform(_read_image(image))
         except InputError as error:
             results.append({"image": image, "error": str(error)})
             continue
@@ -136,7 +143,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: boo
             console.file.flush()
             print("error: " + " ".join(result["error"].split()), file=sys.stderr, flush=True)
         elif not as_json:
-            console.print(result["image"], highlight=False, markup=False, soft_wrap=True)
+            console.print(_printable(result["image"]), highlight=False, markup=False, soft_wrap=True)
             table = Table("class", "probability")
             table.columns[1].justify = "right"
             for row in result["predictions"]:
@@ -150,7 +157,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: boo
 @click.argument("name")
 @click.option("--data", required=True, help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
 @click.option("--condensed", is_flag=True, help="Measure the deployed form of the learned group convolutions.")
-@click.option("--batch-size", default=250, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True)
 @json_option
 def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str, as_json: bool) -> None:
@@ -159,6 +166,8 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
 
     model = _pretrained(name, **({"condensed": True} if condensed else {}))
     try:
+        if torch.device(device).type == "meta":
+            raise ValueError("the device meta holds no values; choose cpu or cuda")
         model = model.to(torch.device(device), memory_format=torch.channels_last)
         images = mz.data.load_images(data, "test")
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -240,13 +249,13 @@ def publish(name: Optional[str], publish_all: bool, namespace: str, dry_run: Opt
         _check_name(name)
         entries = [mz.pretrained.default_entry(name)]
     else:
-        entries = list(mz.manifest().values())
+        entries = hub.in_publishing_order(mz.manifest().values())
     lines = []
     try:
         with progress_bar() as progress:
             for entry in progress.track(entries, description="publish"):
                 if dry_run is not None:
-                    folder = dry_run / entry.model if publish_all else dry_run
+                    folder = dry_run / entry.name if publish_all else dry_run
                     lines.append(f"{entry.name}: wrote {hub.build_folder(entry, folder, namespace)}")
                     continue
                 revision, changed = hub.publish(entry, namespace)
@@ -260,44 +269,35 @@ def publish(name: Optional[str], publish_all: bool, namespace: str, dry_run: Opt
             click.echo(line)
 
 
-def read_image(source: str) -> Any:
-    """Reads any image that Pillow knows as RGB: turned upright, transparency on white, 16 bits scaled to 8.
-
-    Args:
-        source: a path, or "-" for standard input.
+def _read_image(source: str) -> Any:
+    """Reads an image file, or standard input for "-".
 
     Raises:
-        InputError: no such file, or not a readable image.
+        InputError: no such file, too large, or not a readable image.
     """
-    from PIL import Image, ImageOps
-
-    label = "standard input" if source == "-" else source
+    label = "standard input" if source == "-" else _printable(source)
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
+        if source == "-":
+            content = sys.stdin.buffer.read(MAX_IMAGE_BYTES + 1)
+        else:
+            with open(source, "rb") as file:
+                content = file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"{label}: no such file; check the path") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{label}: {error}; make the image smaller first") from None
-    # Pillow's decoders raise what they like on broken data, SyntaxError and struct.error among it.
-    except Exception as error:
-        if isinstance(error, IsADirectoryError | PermissionError):
-            raise InputError(f"{label}: {error.strerror}; give an image file that can be read") from None
-        raise InputError(f"{label}: not a readable image; give a PNG, JPEG or WebP file") from None
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        import numpy as np
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{label}: {reason}; give an image file that can be read") from None
+    if len(content) > MAX_IMAGE_BYTES:
+        raise InputError(f"{label}: has more than {MAX_IMAGE_BYTES / 2**20:.0f} MiB; make the image smaller first")
+    try:
+        return mz.data.read_image(content, label)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
-        # 16-bit greys; anything wider is clipped.
-        values = np.asarray(image).astype(np.float64)
-        scale = 1.0 if values.max() <= 1.0 and image.mode == "F" else 65535.0
-        image = Image.fromarray((255.0 * (values / scale).clip(0.0, 1.0)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+
+def _printable(name: str) -> str:
+    """Returns a file name with control and undecodable characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def progress_bar() -> Progress:
@@ -338,18 +338,18 @@ def _summary(name: str) -> dict[str, Any]:
     except mz.WeightsError:
         weights = None
     cost = mz.profiling.deployed_profiles()[name]
-    row = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
+    milliseconds = mz.profiling.deployed_milliseconds()[name]
+    row = {"name": name, "params": cost.params, "macs": cost.macs, "ms": milliseconds, "weights": None}
     if weights:
-        fields = ("tag", "top1", "top5", "file", "bytes", "sha256", "recipe", "hub_id", "revision")
+        fields = ("tag", "top1", "top5", "taught_by", "file", "bytes", "sha256", "recipe", "hub_id", "revision")
         row["weights"] = {field: getattr(weights, field) for field in fields}
     return row
 
 
 def _best_model() -> str:
-    names = [name for name in timm.list_models(MODEL_PATTERN) if _summary(name)["weights"]]
-    if not names:
-        raise InputError("no model has pretrained weights yet; train one with benchmarks/train.py")
-    return max(names, key=lambda name: _summary(name)["weights"]["top1"])
+    rows = [row for row in map(_summary, timm.list_models(MODEL_PATTERN)) if row["weights"]]
+    fast = [row for row in rows if row["ms"] is None or row["ms"] < FAST_MS]
+    return max(fast or rows, key=lambda row: row["weights"]["top1"])["name"]
 
 
 def _pretrained(name: str, **kwargs: Any) -> Any:

@@ -2,13 +2,22 @@
 
 import hashlib
 import io
+import json
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
+from PIL import Image, ImageOps
 
-__all__ = ["ImageSet", "load_images"]
+__all__ = ["ImageSet", "load_images", "read_image"]
+
+# What is decoded, and how much of it; Pillow would also call other programs for some formats.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000
+LARGE_SIDE = 1024
 
 # Hub id -> the column that holds the class.
 HUB_DATASETS = {"uoft-cs/cifar100": "fine_label", "uoft-cs/cifar10": "label"}
@@ -87,13 +96,11 @@ def _download(repo: str, split: str) -> list[Path]:
 
 
 def _read_parquet(files: list[Path], source: str | Path) -> ImageSet:
-    import json
-
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from PIL import Image
 
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     classes: tuple[str, ...] = ()
     try:
         for file in files:
@@ -101,15 +108,92 @@ def _read_parquet(files: list[Path], source: str | Path) -> ImageSet:
             label = next((c for c in HUB_DATASETS.values() if c in table.column_names), None)
             if label is None or "img" not in table.column_names:
                 raise ValueError(f"has columns {table.column_names}, expected img and fine_label or label")
-            features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-            classes = tuple(features.get("info", {}).get("features", {}).get(label, {}).get("names", classes))
-            labels.append(table[label].to_numpy())
+            column, kind = table[label], table.schema.field("img").type
+            if column.null_count or not pa.types.is_integer(column.type):
+                raise ValueError(f"{label} must hold whole numbers and no nulls, it holds {column.type}")
+            if not pa.types.is_struct(kind) or not any(kind[i].name == "bytes" for i in range(kind.num_fields)):
+                raise ValueError(f"img must hold structs with a field bytes, it holds {kind}")
+            classes = _class_names(table.schema.metadata, label) or classes
+            labels.append(column.to_numpy().astype(np.int64))
             for row in table["img"].combine_chunks().field("bytes").to_pylist():
-                images.append(np.asarray(Image.open(io.BytesIO(row)).convert("RGB")))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+                image = _decode(row, "an image")
+                if images and image.size != images[0].shape[1::-1]:
+                    raise ValueError(f"images of {images[0].shape[1::-1]} and {image.size} pixels are mixed")
+                images.append(np.asarray(image.convert("RGB")))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{file}: can't be read as CIFAR Parquet: {error}; fetch {source} again") from error
-    all_labels = np.concatenate(labels).astype(np.int64)
-    return ImageSet(np.stack(images), all_labels, classes or tuple(map(str, range(all_labels.max() + 1))))
+    if not images:
+        raise ValueError(f"{source}: its Parquet files hold no images; fetch it again")
+    all_labels = np.concatenate(labels)
+    count = len(classes) or int(all_labels.max()) + 1
+    if all_labels.min() < 0 or all_labels.max() >= count:
+        raise ValueError(
+            f"{source}: labels reach from {all_labels.min()} to {all_labels.max()}, there are {count} classes; "
+            "fetch it again"
+        )
+    return ImageSet(np.stack(images), all_labels, classes or tuple(map(str, range(count))))
+
+
+def _class_names(metadata: Optional[dict[bytes, bytes]], label: str) -> tuple[str, ...]:
+    """Returns the class names that the `datasets` library has stored in a Parquet file, none where it hasn't."""
+    document = json.loads((metadata or {}).get(b"huggingface", b"null"))
+    for key in ("info", "features", label, "names"):
+        document = document.get(key) if isinstance(document, dict) else None
+    return tuple(map(str, document)) if isinstance(document, list) else ()
+
+
+def read_image(content: bytes, name: str) -> Image.Image:
+    """Decodes an image for a classifier: RGB, turned upright, transparency on white, 16 bits scaled to 8.
+
+    Images with more than `LARGE_SIDE` pixels on a side come back smaller.
+
+    Args:
+        content: a file of one of `FORMATS`.
+        name: of the image, for error messages.
+
+    Raises:
+        ValueError: not such a file, broken, or with more than `MAX_PIXELS` pixels.
+    """
+    image = _decode(content, name)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)  # greys of more than 8 bits; anything wider than 16 is clipped
+        scale = 255.0 if image.mode == "F" and values.max() <= 1.0 else 255.0 / 65535.0
+        rows = [(row.clip(0, None) * scale).clip(0, 255).round().astype(np.uint8) for row in values]
+        image = Image.fromarray(np.stack(rows))
+    if max(image.size) > LARGE_SIDE:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.thumbnail((LARGE_SIDE, LARGE_SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    """Decodes and turns upright what is within the limits."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        with opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise _TooLargeError(f"{opened.width} x {opened.height} pixels")
+            opened.draft("RGB", (LARGE_SIDE, LARGE_SIDE))  # a JPEG decoder can leave out detail
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+            return image
+    except (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name}: {error}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read, make it smaller"
+        ) from None
+    # Pillow's decoders raise what they like on broken data, SyntaxError and struct.error among it.
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable image; give a PNG, JPEG, WebP, GIF, BMP or TIFF file") from error
+
+
+class _TooLargeError(Exception):
+    pass
 
 
 def _read_torchvision(folder: Path, dataset: str, split: str) -> ImageSet:

@@ -50,7 +50,7 @@ def preprocess(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
 def evaluate(
     model: nn.Module,
     data: ImageSet,
-    batch_size: int = 250,
+    batch_size: int = 50,
     on_progress: Optional[Callable[[int], None]] = None,
 ) -> Evaluation:
     """Measures a model, in eval mode and where its parameters are.

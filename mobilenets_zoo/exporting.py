@@ -58,9 +58,9 @@ def export_onnx(
     """Writes a classifier as one ONNX file with a dynamic batch size.
 
     The form of the model is kept: a masked learned group convolution becomes a dense one, a condensed one a gather and
-    a grouped convolution. Export what `optimize_for_inference` returns for the fastest file; for int8, what it returns
-    with `dense=True`. The file runs in ONNX Runtime, and its outputs are compared with the model's, before it is
-    renamed to `path`; the model stays as it was.
+    a grouped convolution. What `optimize_for_inference` returns is mostly the faster file; for int8, mostly what it
+    returns with `dense=True` (docs/condensing.md has all forms and says where not). The file runs in ONNX Runtime, and
+    its outputs are compared with the model's, before it is renamed to `path`; the model stays as it was.
 
     Metadata: `class_names`, `mean`, `std`, `input_size` and `interpolation` as JSON, `model`, `version`.
 
@@ -75,7 +75,8 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxruntime or onnxscript is missing, or torch is too old.
-        ValueError: the outputs in ONNX Runtime differ, or the input size isn't known or doesn't fit the images.
+        ValueError: the outputs in ONNX Runtime differ, the input size isn't known or doesn't fit the images, or
+            preprocessing or calibration needs a mean and a standard deviation that the model doesn't name.
         OSError: the file can't be written.
     """
     runtime = _import_runtime()
@@ -88,7 +89,12 @@ def export_onnx(
         raise ValueError(
             f"calibration_images must be (N, {height}, {width}, {channels}), not {calibration_images.shape}"
         )
-    mean, std = (_per_channel(cfg.get(key, default), channels) for key, default in (("mean", 0.5), ("std", 0.5)))
+    if (preprocessing or calibration_images is not None) and not {"mean", "std"} <= cfg.keys():
+        raise ValueError(
+            f"{type(model).__name__} names no mean and std to normalise with; set model.pretrained_cfg = "
+            "{'mean': ..., 'std': ...}, as timm's models have it"
+        )
+    mean, std = (_per_channel(cfg[key], channels) if key in cfg else () for key in ("mean", "std"))
 
     plain = _with_dense_layers(model).float().cpu().eval()
     network: nn.Module = WithPreprocessing(plain, mean, std) if preprocessing else plain
@@ -238,7 +244,7 @@ def _use_global_average_pool(graph: Any) -> None:
         graph.initializer.remove(constants[name])
 
 
-def _metadata(cfg: dict[str, Any], size: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> list[Any]:
+def _metadata(cfg: dict[str, Any], size: Any, mean: Any, std: Any) -> list[Any]:
     import onnx
 
     name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))

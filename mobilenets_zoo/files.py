@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,16 +23,14 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
         OSError: the folder can't be written; nothing is left behind.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    # Made by open, not by tempfile: readable by whom the process's umask says.
+    opened = open(temporary, mode.replace("w", "x"), **kwargs)  # noqa: SIM115 - closed below
     try:
-        with open(temporary, mode, **kwargs) as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes the file readable by its owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -5,7 +5,7 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mobilenets_zoo.pretrained import WeightEntry
+from mobilenets_zoo.pretrained import WeightEntry, is_default
 
 __all__ = ["model_card"]
 
@@ -46,6 +46,13 @@ def model_card(entry: WeightEntry, repo: str, result: dict[str, Any], epochs: li
         ],
     )
     learned = "lgc" in entry.model
+    # The main branch holds the model's default weight; another is found by its tag.
+    source, bundled = (repo, entry.model) if is_default(entry) else (f"{repo}@{entry.tag}", entry.name)
+    taught = (
+        f"taught by {entry.taught_by}: a network that has seen more than CIFAR-100"
+        if entry.taught_by
+        else "trained from scratch on CIFAR-100 alone"
+    )
     condense = f"""
 ## Condensed and masked
 
@@ -53,7 +60,7 @@ Loaded as above the learned group convolutions are in their deployed form, stand
 training them as masked layers:
 
 ```python
-masked = timm.create_model("hf-hub:{repo}", pretrained=True, condensed=False)
+masked = timm.create_model("hf-hub:{source}", pretrained=True, condensed=False)
 small = mobilenets_zoo.condense(masked)  # and back, with equal outputs
 ```
 """
@@ -77,12 +84,12 @@ small = mobilenets_zoo.condense(masked)  # and back, with equal outputs
 
 ```python
 import timm, mobilenets_zoo  # the second import registers the architecture
-model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+model = timm.create_model("hf-hub:{source}", pretrained=True).eval()
 ```
 
-A {(timm.model_entrypoint(entry.model).__doc__ or "").strip().rstrip(".")} ({form}), trained from scratch on CIFAR-100
-by the [mobilenets_zoo](https://huggingface.co/{repo.split("/")[0]}) project. The package `mobilenets-zoo`
-holds the same weight: with it `timm.create_model("{entry.model}", pretrained=True)` needs no download.
+A {(timm.model_entrypoint(entry.model).__doc__ or "").strip().rstrip(".")} ({form}), {taught}.
+Trained by the [mobilenets_zoo](https://huggingface.co/{repo.split("/")[0]}) project. The package `mobilenets-zoo`
+holds the same weight: with it `timm.create_model("{bundled}", pretrained=True)` needs no download.
 
 | | |
 | --- | --- |
@@ -110,7 +117,7 @@ for p, label in zip(*probabilities.topk(5)):
 ## Features
 
 ```python
-trunk = timm.create_model("hf-hub:{repo}", pretrained=True, features_only=True)
+trunk = timm.create_model("hf-hub:{source}", pretrained=True, features_only=True)
 maps = trunk(torch.randn(1, 3, 32, 32))  # at 32, 16 and 8 pixels
 ```
 
@@ -119,7 +126,7 @@ maps = trunk(torch.randn(1, 3, 32, 32))  # at 32, 16 and 8 pixels
 ```python
 from timm.optim import create_optimizer_v2
 
-model = timm.create_model("hf-hub:{repo}", pretrained=True, num_classes=10)
+model = timm.create_model("hf-hub:{source}", pretrained=True, num_classes=10)
 optimizer = create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, layer_decay=0.8)
 ```
 {condense if learned else ""}
@@ -144,7 +151,7 @@ python benchmarks/train.py {entry.recipe} --data DIR --out DIR
 
 ## Data, limits and biases
 
-Trained on the 50,000 training images of [CIFAR-100](https://huggingface.co/datasets/{DATASET}) alone: 32x32 photographs
+Trained on the 50,000 training images of [CIFAR-100](https://huggingface.co/datasets/{DATASET}): 32x32 photographs
 of 100 classes, collected from the web in the 2000s. The model knows these classes only and gives one of them to any
 picture, with a confidence that means nothing elsewhere. Photographs lose nearly everything at 32 pixels. The classes
 "baby", "boy", "girl", "man" and "woman" reflect their labellers' judgement of small pictures. It is made for research,

@@ -284,7 +284,8 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
 
     weight = network.stem.get_parameter("weight")
     if weight.dtype in TOLERANCES and not weight.is_meta:
-        images = torch.randn(2, source.in_chans, 32, 32, device=weight.device, dtype=weight.dtype)
+        generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
+        images = torch.randn(2, source.in_chans, 32, 32, generator=generator).to(weight)
         check_equivalent(source, network, images, tolerance=TOLERANCES[weight.dtype])
     return network
 
@@ -329,7 +330,9 @@ def _optimize_block(block: nn.Module, size: int, dense: bool) -> OptimizedBlock:
     if isinstance(block.shuffle_out, ChannelShuffle):
         parts.append(copy.deepcopy(block.shuffle_out))
     shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None
-    if isinstance(block.shortcut, nn.Conv2d):
+    if isinstance(block.shortcut, nn.Conv2d | CondensedConv2d):  # condensed where to_learned_group_conv made it
         weight = block.shortcut.weight.detach()
-        shortcut = FoldedConv2d(Convolution(weight, weight.new_zeros(len(weight))), act=False)
+        index = block.shortcut.index if isinstance(block.shortcut, CondensedConv2d) else None
+        convolution = Convolution(weight, weight.new_zeros(len(weight)), groups=block.shortcut.groups, index=index)
+        shortcut = FoldedConv2d(convolution, act=False)
     return OptimizedBlock(parts, shortcut)

@@ -1,18 +1,20 @@
 """Pretrained weights: which exist, where they come from, and the check before any byte of them is parsed.
 
-`build_model` is what the model files call. It finds a verified local file and hands it to timm as
-`pretrained_cfg_overlay["file"]`, timm's own hook; sources that the user names stay untouched.
+`build_model` is what the model files call. It reads a local file, checks its digest, and hands what those very bytes
+hold to timm as `pretrained_cfg_overlay["state_dict"]`, timm's own hook; sources that the user names stay untouched.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional, TypeVar, Union
 
 import safetensors.torch
+import timm
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
@@ -29,15 +31,18 @@ __all__ = [
     "WeightsError",
     "checkpoint_filter_fn",
     "default_entry",
+    "is_default",
     "manifest",
     "save_weights",
-    "verified_file",
+    "verified_weights",
 ]
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 SOURCE_VARIABLE = "MOBILENETS_ZOO_SOURCE"
 SOURCES = ("bundled", "hub", "auto")
 HUB_FILENAME = "model.safetensors"
+# How long a download may take in all, by source.
+HUB_SECONDS = {"hub": 120.0, "auto": 10.0}
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -67,6 +72,7 @@ class WeightEntry:
         result: the result's file, from the project's root.
         hub_id: repository on the Hugging Face Hub.
         revision: commit there, None while the weight isn't published.
+        taught_by: the teacher and what it was pretrained on, None for a weight that learned from the labels alone.
     """
 
     name: str
@@ -81,6 +87,7 @@ class WeightEntry:
     result: str
     hub_id: str
     revision: Optional[str]
+    taught_by: Optional[str]
 
     @property
     def model(self) -> str:
@@ -101,9 +108,29 @@ def manifest() -> dict[str, WeightEntry]:
     path = WEIGHTS_DIR / "manifest.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return {name: WeightEntry(name=name, **row) for name, row in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        entries = {name: WeightEntry(name=name, **row) for name, row in rows.items()}
+        for entry in entries.values():
+            _check_row(entry)
+        return entries
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path} can't be read ({error}); reinstall mobilenets-zoo") from error
+
+
+def _check_row(entry: WeightEntry) -> None:
+    """Raises ValueError where a value has another type than the field, or a file name is none."""
+    for field in fields(entry):
+        value = getattr(entry, field.name)
+        types: Any = {int: int, float: (int, float), str: str}.get(field.type, (str, type(None)))  # type: ignore[arg-type]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise ValueError(f"{entry.name}: {field.name} is {str(value)[:40]!r}")
+    if not entry.file or Path(entry.file).name != entry.file or len(entry.file) > 200:
+        raise ValueError(f"{entry.name}: file {entry.file[:40]!r} isn't a file name")
+
+
+def is_default(entry: WeightEntry) -> bool:
+    """Whether `timm.create_model(entry.model, pretrained=True)` loads this weight."""
+    cfg = timm.get_pretrained_cfg(entry.model)
+    return cfg is not None and cfg.tag == entry.tag
 
 
 def default_entry(variant: str) -> WeightEntry:
@@ -125,11 +152,11 @@ def _entry(cfg: PretrainedCfg) -> WeightEntry:
     )
 
 
-def verified_file(entry: WeightEntry, cache_dir: Optional[str] = None) -> Path:
-    """Returns a local file with the entry's weights whose sha256 has been checked.
+def verified_weights(entry: WeightEntry, cache_dir: Optional[str] = None) -> tuple[Path, bytes]:
+    """Returns a local file with the entry's weights, and its content, whose sha256 has been checked.
 
     The environment variable MOBILENETS_ZOO_SOURCE chooses: `bundled` (default), `hub`, or `auto`, the Hub and,
-    where it can't be reached, the bundled file.
+    where it can't be reached within HUB_SECONDS, the bundled file.
 
     Args:
         entry: the weight.
@@ -143,35 +170,63 @@ def verified_file(entry: WeightEntry, cache_dir: Optional[str] = None) -> Path:
         raise WeightsError(f"{SOURCE_VARIABLE} is {source!r}; set it to one of {', '.join(SOURCES)}")
     if source != "bundled":
         try:
-            path = _download(entry, cache_dir)
-            # In the cache this is a link; deleting its target is what makes the client download again.
-            blob = path.resolve()
-            verified_bytes(blob, entry, f"delete it to download it again, or set {SOURCE_VARIABLE}=bundled")
-            return path
+            path = _download(entry, cache_dir, HUB_SECONDS[source])
+            # In the cache this is a link; deleting it and its target is what makes the client download again.
+            remedy = f"delete it to download it again, or set {SOURCE_VARIABLE}=bundled"
+            shown = path.resolve()
+            if not shown.is_relative_to(path.parent.parent.parent):
+                shown = path  # a link that leads out of the cache is itself what is wrong
+            return path, verified_bytes(shown, entry, remedy)
         except AlteredWeightsError:
             raise
         except WeightsError:
             if source == "hub":
                 raise
     path = WEIGHTS_DIR / entry.file
-    verified_bytes(path, entry, "reinstall mobilenets-zoo")
-    return path
+    return path, verified_bytes(path, entry, "reinstall mobilenets-zoo")
 
 
-def _download(entry: WeightEntry, cache_dir: Optional[str]) -> Path:
+def _download(entry: WeightEntry, cache_dir: Optional[str], seconds: float) -> Path:
+    """Returns the weight's file in the client's cache, downloaded if need be.
+
+    The client retries failed and unanswered requests for minutes and has no limit of its own for all of them, so it
+    runs in a thread that is left behind when the time is up.
+    """
     from huggingface_hub import hf_hub_download
 
     remedy = f"set {SOURCE_VARIABLE}=bundled to use the copy in the package"
     if entry.revision is None:
         raise WeightsError(f"{entry.name} isn't published as {entry.hub_id} on the Hub yet; {remedy}")
-    try:
-        return Path(hf_hub_download(entry.hub_id, HUB_FILENAME, revision=entry.revision, cache_dir=cache_dir))
-    # Between OSError, ValueError and the HTTP client's own errors the base classes change from release to release.
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise WeightsError(
-            f"{entry.hub_id}/{HUB_FILENAME} at {entry.revision} can't be downloaded: {reason}; {remedy}"
-        ) from error
+    results: list[Union[str, Exception]] = []
+
+    def download() -> None:
+        try:
+            results.append(hf_hub_download(entry.hub_id, HUB_FILENAME, revision=entry.revision, cache_dir=cache_dir))
+        # Between OSError, ValueError and the HTTP client's own errors the base classes change from release to release.
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    failure = f"{entry.hub_id}/{HUB_FILENAME} at {entry.revision} can't be downloaded"
+    if not results:
+        raise WeightsError(f"{failure}: the Hub took more than {seconds:g} seconds; {remedy}")
+    if isinstance(results[0], Exception):
+        raise WeightsError(f"{failure}: {_reason(results[0])}; {remedy}") from results[0]
+    return Path(results[0])
+
+
+def _reason(error: Exception) -> str:
+    """Returns one line that says why a download failed, with the HTTP status where there was one."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return line if str(status) in line else f"HTTP {status}, {line}"
+        cause = cause.__cause__ or cause.__context__
+    return line
 
 
 def verified_bytes(path: Path, entry: WeightEntry, remedy: str) -> bytes:
@@ -189,11 +244,14 @@ def verified_bytes(path: Path, entry: WeightEntry, remedy: str) -> bytes:
     if not path.is_file():
         raise WeightsError(f"{path} is missing; {remedy}")
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(entry.bytes + 1)  # a file that is much longer need not fit into memory
     except OSError as error:
         raise WeightsError(f"{path} can't be read: {error.strerror}; {remedy}") from error
     if len(data) < entry.bytes:
         raise WeightsError(f"{path} has {len(data)} of {entry.name}'s {entry.bytes} bytes: it is truncated; {remedy}")
+    if len(data) > entry.bytes:
+        raise AlteredWeightsError(f"{path} is altered: it has more than {entry.name}'s {entry.bytes} bytes; {remedy}")
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
         raise AlteredWeightsError(
@@ -221,9 +279,11 @@ def build_model(
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         if not _names_own_source(variant, cfg, pretrained_cfg_overlay):
-            file = verified_file(_entry(cfg), cache_dir)
-            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=str(file))
-    return build_model_with_cfg(
+            file, content = verified_weights(_entry(cfg), cache_dir)
+            # The file is named for whoever looks at the configuration; timm prefers the state dict.
+            weights = dict(file=str(file), state_dict=safetensors.torch.load(content))
+            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, **weights)
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -234,6 +294,9 @@ def build_model(
         feature_cfg=dict(out_indices=(0, 1, 2), flatten_sequential=True),
         **kwargs,
     )
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would carry the weights twice
+    return model
 
 
 def _names_own_source(variant: str, cfg: PretrainedCfg, overlay: Optional[dict[str, Any]]) -> bool:

@@ -5,13 +5,15 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from mobilenets_zoo.folded_conv import FoldedConv2d
 from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
 
-__all__ = ["Profile", "deployed_profiles", "profile"]
+__all__ = ["Profile", "deployed_milliseconds", "deployed_profiles", "profile"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Profile:
     """Cost of one image.
 
     Attributes:
-        params: trainable parameters; a condensed layer's index is not one.
+        params: trainable parameters, or all of them where none is trainable, as in a network that
+            `optimize_for_inference` returns; a condensed layer's index is not one.
         macs: multiply-adds of convolutions and linear layers, batch 1.
     """
 
@@ -47,7 +50,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
         values = inputs[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
         macs += values.numel() * math.prod(module.get_parameter("weight").shape[1:])
 
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, LearnedGroupConv2d, CondensedConv2d)
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, LearnedGroupConv2d, CondensedConv2d, FoldedConv2d)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
     training = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
@@ -59,15 +62,28 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
             hook.remove()
         for module, flag in training.items():
             module.training = flag
-    return Profile(sum(p.numel() for p in model.parameters() if p.requires_grad), macs)
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    return Profile(sum(trainable or [p.numel() for p in model.parameters()]), macs)
 
 
-@lru_cache(maxsize=1)
 def deployed_profiles() -> dict[str, Profile]:
     """Returns the cost of every registered model in its deployed form, from the package's profiles.json.
 
     The file is written by benchmarks/tables.py and recomputed by the tests; reading it is faster than building all
     models.
     """
-    rows = json.loads((Path(__file__).parent / "profiles.json").read_text(encoding="utf-8"))
-    return {name: Profile(**row) for name, row in rows.items()}
+    return {name: Profile(row["params"], row["macs"]) for name, row in _rows().items()}
+
+
+def deployed_milliseconds() -> dict[str, Optional[float]]:
+    """Returns the measured time of one image by model, from the package's profiles.json.
+
+    ONNX Runtime, fp32, one thread, as `optimize_for_inference` leaves the network, on the machine that
+    docs/condensing.md names; None where it wasn't measured.
+    """
+    return {name: row["ms"] for name, row in _rows().items()}
+
+
+@lru_cache(maxsize=1)
+def _rows() -> dict[str, dict[str, Any]]:
+    return json.loads((Path(__file__).parent / "profiles.json").read_text(encoding="utf-8"))

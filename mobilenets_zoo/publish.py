@@ -5,22 +5,23 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
+from filelock import FileLock
 from huggingface_hub import HfApi
 from timm.models._hub import save_config_for_hf
 
 from mobilenets_zoo import pretrained
-from mobilenets_zoo.classes import CIFAR100_CLASSES
 from mobilenets_zoo.condensing import check_equivalent, learned_layers
 from mobilenets_zoo.files import atomic_write
 from mobilenets_zoo.model_card import model_card
-from mobilenets_zoo.pretrained import HUB_FILENAME, WeightEntry
+from mobilenets_zoo.pretrained import HUB_FILENAME, WeightEntry, is_default
 
-__all__ = ["PublishError", "build_folder", "publish"]
+__all__ = ["PublishError", "build_folder", "in_publishing_order", "publish", "write_config"]
 
 DEFAULT_NAMESPACE = "mobilenets-zoo"
 
@@ -61,8 +62,9 @@ def build_folder(entry: WeightEntry, folder: Path, namespace: str = DEFAULT_NAME
     with tempfile.TemporaryDirectory() as scratch:
         build = Path(scratch)
         (build / HUB_FILENAME).write_bytes(data)
-        _write_config(reference, build / "config.json")
-        (build / "README.md").write_text(str(model_card(entry, f"{namespace}/{entry.model}", result, epochs)))
+        write_config(reference, build / "config.json")
+        card = model_card(entry, f"{namespace}/{entry.model}", result, epochs)
+        (build / "README.md").write_text(str(card), encoding="utf-8")
         _compare(build, reference)
         for path in build.iterdir():
             with atomic_write(folder / path.name) as file, open(path, "rb") as content:
@@ -109,25 +111,40 @@ def publish(entry: WeightEntry, namespace: str = DEFAULT_NAMESPACE, api: Optiona
     return tags.get(entry.tag, commit.oid), entry.tag not in tags or commit.oid != before
 
 
+def in_publishing_order(entries: Iterable[WeightEntry]) -> list[WeightEntry]:
+    """Returns weights so that a model's default comes last: it is what its repository's main branch then holds."""
+    return sorted(entries, key=lambda entry: (entry.model, is_default(entry)))
+
+
 def record_revision(entry: WeightEntry, revision: str) -> None:
     """Writes the Hub's commit into the manifest, so that downloads are pinned to it."""
     path = pretrained.WEIGHTS_DIR / "manifest.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    rows[entry.name]["revision"] = revision
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(rows, indent=2) + "\n")
+    with FileLock(path.with_name(f".{path.name}.lock")):  # another process may record another weight's
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows[entry.name]["revision"] = revision
+        with atomic_write(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(rows, indent=2) + "\n")
     pretrained.manifest.cache_clear()
 
 
-def _write_config(model: torch.nn.Module, path: Path) -> None:
-    save_config_for_hf(model, str(path), model_config={"label_names": list(CIFAR100_CLASSES)})
-    config = json.loads(path.read_text())
+def write_config(model: torch.nn.Module, path: Path) -> None:
+    """Writes the config.json that makes a folder with model.safetensors loadable: `timm.create_model("local-dir:DIR")`.
+
+    Args:
+        model: a network of the zoo, with the classes, mean and deviation of its `pretrained_cfg`.
+        path: the file.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    save_config_for_hf(model, path, model_config={"label_names": list(cfg["label_names"])})
+    config = json.loads(path.read_text(encoding="utf-8"))
     # timm records every argument, which transformers' wrapper passes on a second time. What a loader must know is the
     # form: the file is condensed, and a loader without timm's checkpoint filter needs a model of that form.
-    config.pop("model_args", None)
-    if learned_layers(model):
-        config["model_args"] = {"condensed": True}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    channels = cfg["input_size"][0]
+    config["model_args"] = {"condensed": True} if learned_layers(model) else {}
+    config["model_args"] |= {"in_chans": channels} if channels != 3 else {}
+    if not config["model_args"]:
+        del config["model_args"]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _compare(folder: Path, reference: torch.nn.Module) -> None:
@@ -165,8 +182,8 @@ def _explain(error: Exception, repo: str) -> str:
 def _training_record(entry: WeightEntry) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Returns the result file and the log's rows; they are in the project, not in the installed package."""
     for root in (Path(__file__).parent.parent, Path.cwd()):
-        result, log = root / entry.result, root / "benchmarks" / "logs" / f"{entry.model}.csv"
+        result, log = root / entry.result, root / "benchmarks" / "logs" / f"{Path(entry.result).stem}.csv"
         if result.is_file() and log.is_file():
-            with open(log, newline="") as file:
-                return json.loads(result.read_text()), list(csv.DictReader(file))
+            with open(log, newline="", encoding="utf-8") as file:
+                return json.loads(result.read_text(encoding="utf-8")), list(csv.DictReader(file))
     raise PublishError(f"{entry.result} isn't here; run the command in a clone of the project")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mobilenets_zoo.data import ImageSet, load_images
+from mobilenets_zoo.data import ImageSet, load_images, read_image
 
 TRAIN_MEAN = (0.50708, 0.48655, 0.44092)
 TEST_PIXELS = "25298951534f6b9afdfd0676eff99bb482acc7b9a68051dfc6c35006f90af038"
@@ -92,6 +92,78 @@ def test_broken_image_is_named(tmp_path):
     pq.write_table(table, tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet: can't be read"):
         load_images(tmp_path, "test")
+
+
+def table(images=None, labels=(0, 1), metadata=None) -> pa.Table:
+    images = [{"bytes": png(seed)[1], "path": ""} for seed in range(2)] if images is None else images
+    made = pa.table({"img": images, "fine_label": labels})
+    names = {"info": {"features": {"fine_label": {"names": ["a", "b", "c"]}}}}
+    return made.replace_schema_metadata({"huggingface": json.dumps(names) if metadata is None else metadata})
+
+
+def bomb(mode: str = "1", side: int = 20_000) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def small(size: tuple[int, int]) -> dict[str, object]:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": ""}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: table(images=["a", "b"]), "img must hold structs"),
+        (lambda: table(labels=[0, None]), "whole numbers and no nulls"),
+        (lambda: table(labels=[0.0, 1.0]), "whole numbers and no nulls"),
+        (lambda: table(labels=["0", "1"]), "whole numbers and no nulls"),
+        (lambda: table(labels=[0, -100]), "labels reach from -100 to 0, there are 3 classes"),
+        (lambda: table(labels=[0, 3]), "labels reach from 0 to 3, there are 3 classes"),
+        (lambda: table().slice(0, 0), "hold no images"),
+        (lambda: table(images=[small((32, 32)), small((16, 32))]), "are mixed"),
+        (lambda: table(images=[small((32, 32)), {"bytes": None, "path": ""}]), "not a readable image"),
+        (lambda: table(images=[small((32, 32)), {"bytes": bomb(), "path": ""}]), "at most 50 million pixels"),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_one_line(tmp_path, content, message):
+    pq.write_table(content(), tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=message) as error:
+        load_images(tmp_path, "test")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("metadata", ["null", "[]", "3", '{"info": null}', '{"info": {"features": []}}'])
+def test_metadata_of_other_shapes_names_no_classes(tmp_path, metadata):
+    pq.write_table(table(metadata=metadata), tmp_path / "test-00000-of-00001.parquet")
+    assert load_images(tmp_path, "test").classes == ("0", "1")
+
+
+@pytest.mark.parametrize(("mode", "side"), [("1", 7_100), ("L", 9_600), ("1", 20_000)])
+def test_images_with_too_many_pixels_are_not_decoded(mode, side):
+    """Below Pillow's own warning, between it and its error, and above both."""
+    with pytest.raises(ValueError, match=r"^x: .*at most 50 million pixels"):
+        read_image(bomb(mode, side), "x")
+
+
+def test_large_images_come_back_smaller_and_alike():
+    y, x = np.mgrid[0:1500, 0:3000]
+    pixels = np.stack([x % 256, y % 256, (x + y) // 20 % 256], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    image = read_image(buffer.getvalue(), "x")
+    assert image.size == (1024, 512)
+    expected = Image.fromarray(pixels).resize((32, 16), Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(image.resize((32, 16), Image.Resampling.BICUBIC), int) - np.asarray(expected, int))
+    assert difference.mean() < 2
+
+
+def test_formats_that_call_other_programs_are_refused():
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+    with pytest.raises(ValueError, match="not a readable image"):
+        read_image(content, "x")
 
 
 def test_folders_without_data_say_what_is_expected(tmp_path):

@@ -61,7 +61,16 @@ def test_links_and_images_exist(path):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("entry", pretrained.manifest().values(), ids=lambda entry: entry.name)
+QUICK = ("mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=() if entry.model in QUICK else pytest.mark.slow)
+        for entry in pretrained.manifest().values()
+    ],
+)
 def test_card_code_runs(entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All blocks of a card in one session, with the built folder in the repository's place."""
     folder = build_folder(entry, tmp_path / "repository")
@@ -71,5 +80,5 @@ def test_card_code_runs(entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     blocks = python_blocks((folder / "README.md").read_text())
     assert len(blocks) >= 5
     for block in blocks:
-        exec(compile(block.replace(f"hf-hub:{entry.hub_id}", f"local-dir:{folder}"), "card", "exec"), names)
+        exec(compile(re.sub(rf"hf-hub:{entry.hub_id}(@\w+)?", f"local-dir:{folder}", block), "card", "exec"), names)
     assert (tmp_path / "model.onnx").is_file()

@@ -180,7 +180,10 @@ def test_command_says_what_is_wrong(run, args, message, tmp_path, monkeypatch):
 @pytest.mark.cifar100
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(e.model, marks=slow_unless(e.model == WEIGHTS)) for e in mz.manifest().values()],
+    [
+        pytest.param(e.model, marks=slow_unless(e.model == WEIGHTS))
+        for e in map(mz.pretrained.default_entry, timm.list_models("*_cifar100"))
+    ],
 )
 def test_int8_loses_little(run, name, tmp_path, cifar100):
     code, out, err = run("export", name, tmp_path / "int8.onnx", "--condensed", "--int8", "--data", cifar100)
@@ -189,3 +192,14 @@ def test_int8_loses_little(run, name, tmp_path, cifar100):
     int8, fp32 = (float(words[words.index(form) + 1]) for form in ("int8", "fp32"))
     assert fp32 == pytest.approx(mz.pretrained.default_entry(name).top1, abs=0.05)
     assert fp32 - 0.5 <= int8 < fp32 + 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(preprocessing=True), dict(calibration_images=np.zeros((4, 8, 8, 3), np.uint8))]
+)
+def test_a_model_without_mean_and_std_is_not_given_any(arguments, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2)).eval()
+    with pytest.raises(ValueError, match="no mean and std"):
+        mz.export_onnx(model, tmp_path / "model.onnx", input_size=(3, 8, 8), **arguments)
+    mz.export_onnx(model, tmp_path / "model.onnx", input_size=(3, 8, 8))
+    assert mz.OnnxClassifier(tmp_path / "model.onnx").metadata["mean"] == []

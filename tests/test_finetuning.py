@@ -57,13 +57,12 @@ def test_fine_tuning_on_a_folder(tmp_path, capsys):
     data = finetune.folder(images, None, grey=False)
     predicted = classifier(data.train.images).argmax(1)
     assert (predicted == data.train.labels).mean() > 0.8
-    again = timm.create_model(
-        "mobilenetv1_w025_cifar100",
-        pretrained=True,
-        num_classes=2,
-        pretrained_cfg_overlay={"file": str(out / "model.safetensors"), "num_classes": 2},
-    )
-    assert again.classifier.out_features == 2
+    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()  # with the data's classes, mean and deviation
+    cfg = again.pretrained_cfg
+    assert list(cfg["label_names"]) == ["blue", "red"]
+    assert list(cfg["mean"]) == pytest.approx(classifier.metadata["mean"])
+    pixels = mz.evaluation.preprocess(torch.from_numpy(data.train.images), cfg["mean"], cfg["std"])
+    assert again(pixels).argmax(1).tolist() == predicted.tolist()
 
 
 def test_train_and_test_folders(tmp_path):

@@ -239,7 +239,7 @@ def count_macs(network: nn.Module) -> int:
 @pytest.mark.cifar100
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [entry.model for entry in mz.manifest().values()])
+@pytest.mark.parametrize("name", timm.list_models("*_cifar100"))
 @torch.inference_mode()
 def test_predictions_on_the_test_set_stay(name, cifar100):
     model = timm.create_model(name, pretrained=True).eval().to(memory_format=torch.channels_last)
@@ -274,3 +274,26 @@ def test_unfinished_masks_and_foreign_models_are_refused():
         mz.optimize_for_inference(timm.create_model("mobilenetv2_lgc_cifar100"))
     with pytest.raises(TypeError, match="not a network of the zoo"):
         mz.optimize_for_inference(nn.Linear(3, 3))
+
+
+def test_a_network_with_learned_shortcuts_is_rewritten():
+    """to_learned_group_conv takes the shortcuts' plain 1x1 convolutions too."""
+    learned, _ = mz.to_learned_group_conv(lively("mobilenetv2_t1_cifar100"), input_size=(3, 32, 32))
+    learned = with_random_masks(learned).eval()
+    assert isinstance(learned.blocks[1][0].shortcut, mz.LearnedGroupConv2d)
+    mz.check_equivalent(learned, mz.optimize_for_inference(learned), torch.randn(2, 3, 32, 32), tolerance=1e-4)
+
+
+def test_rewriting_leaves_the_random_state_alone():
+    model = lively("mobilenetv1_w025_cifar100")
+    state = torch.get_rng_state()
+    mz.optimize_for_inference(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_rewritten_network_has_a_profile():
+    """Folding adds biases and takes BatchNorm away; the multiply-adds of a dense network stay."""
+    model = lively("mobilenetv1_w025_cifar100")
+    plain, rewritten = mz.profile(model), mz.profile(mz.optimize_for_inference(model))
+    assert rewritten.macs == plain.macs
+    assert 0.9 * plain.params < rewritten.params < plain.params

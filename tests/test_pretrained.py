@@ -17,6 +17,7 @@ import mobilenets_zoo as mz
 from mobilenets_zoo import pretrained
 
 ENTRIES = list(pretrained.manifest().values())
+DEFAULTS = [entry for entry in ENTRIES if timm.get_pretrained_cfg(entry.model).tag == entry.tag]
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 SAMPLE = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 
@@ -29,8 +30,20 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 # What is bundled
 
 
-def test_there_are_weights():
-    assert ENTRIES
+def test_every_model_has_weights():
+    assert sorted(entry.model for entry in DEFAULTS) == ALL_MODELS
+
+
+def test_weights_that_saw_nothing_but_cifar100_load_by_name():
+    """Two second tags; all other weights name their teacher and what it was pretrained on."""
+    alone = [entry for entry in ENTRIES if entry.taught_by is None]
+    assert {"mobilenetv1_w025_cifar100.sgd_e36_r32", "mobilenetv2_t1_cifar100.sgd_e24_r32"} == {e.name for e in alone}
+    assert all("ImageNet-1k" in entry.taught_by for entry in ENTRIES if entry not in alone)
+    for entry in alone:
+        model = timm.create_model(entry.name, pretrained=True)
+        assert model.pretrained_cfg["tag"] == entry.tag
+        stored = safetensors.torch.load_file(pretrained.WEIGHTS_DIR / entry.file)
+        assert torch.equal(model.classifier.bias, stored["classifier.bias"].float())
 
 
 @each_entry
@@ -45,7 +58,8 @@ def test_manifest_row_describes_its_file(entry):
     assert (round(result["evaluation"]["top1"], 2), round(result["evaluation"]["top5"], 2)) == (entry.top1, entry.top5)
     assert result["evaluation"]["images"] == 10_000
     assert (ROOT / entry.recipe).is_file()
-    assert (ROOT / "benchmarks" / "logs" / f"{entry.model}.csv").is_file()
+    assert result["taught_by"] == entry.taught_by
+    assert (ROOT / "benchmarks" / "logs" / f"{Path(entry.result).stem}.csv").is_file()
 
 
 def condensed_argument(entry: pretrained.WeightEntry) -> dict[str, bool]:
@@ -54,7 +68,7 @@ def condensed_argument(entry: pretrained.WeightEntry) -> dict[str, bool]:
 
 @each_entry
 def test_manifest_and_registry_agree(entry):
-    cfg = timm.get_pretrained_cfg(entry.model)
+    cfg = timm.get_pretrained_cfg(entry.name)
     assert cfg.tag == entry.tag
     assert cfg.hf_hub_id == entry.hub_id
     assert entry.name in timm.list_models(pretrained=True)
@@ -87,20 +101,22 @@ def test_stored_logits(entry):
 
 @each_entry
 def test_pretrained_weights_adapt_to_other_heads_and_channels(entry):
-    model = timm.create_model(entry.model, pretrained=True, num_classes=10, in_chans=1).eval()
+    model = timm.create_model(entry.name, pretrained=True, num_classes=10, in_chans=1).eval()
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
-    full = timm.create_model(entry.model, pretrained=True)
+    full = timm.create_model(entry.name, pretrained=True)
     assert torch.equal(model.blocks[0][0].depthwise.conv.weight, full.blocks[0][0].depthwise.conv.weight)
-    maps = timm.create_model(entry.model, pretrained=True, features_only=True)(torch.randn(1, 3, 32, 32))
+    maps = timm.create_model(entry.name, pretrained=True, features_only=True)(torch.randn(1, 3, 32, 32))
     assert [tuple(m.shape[2:]) for m in maps] == [(32, 32), (16, 16), (8, 8)]
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL_MODELS) - {entry.model for entry in ENTRIES}))
-def test_a_model_without_weights_names_those_that_have_them(name):
+def test_a_model_without_weights_names_those_that_have_them(monkeypatch):
+    name = "mobilenetv2_t4_cifar100"
+    others = {key: entry for key, entry in pretrained.manifest().items() if entry.model != name}
+    monkeypatch.setattr(pretrained, "manifest", lambda: others)
     with pytest.raises(mz.WeightsError, match="no pretrained weights") as error:
         timm.create_model(name, pretrained=True)
     assert name in str(error.value)
-    assert all(entry.name in str(error.value) for entry in ENTRIES)
+    assert all(entry in str(error.value) for entry in others)
 
 
 def test_an_unknown_tag_is_refused():
@@ -124,10 +140,10 @@ def test_accuracy_on_a_part_of_the_test_images(entry, cifar100):
     from mobilenets_zoo.evaluation import evaluate
 
     data = mz.data.load_images(cifar100, "test")
-    part = mz.data.ImageSet(data.images[:1000], data.labels[:1000], data.classes)
+    part = mz.data.ImageSet(data.images[:400], data.labels[:400], data.classes)
     assert part.classes == mz.CIFAR100_CLASSES
     model = timm.create_model(entry.name, pretrained=True)
-    assert evaluate(model, part).top1 == pytest.approx(entry.top1, abs=4.5)  # three standard deviations
+    assert evaluate(model, part).top1 == pytest.approx(entry.top1, abs=7)  # three standard deviations
 
 
 # Files that aren't what they should be
@@ -197,11 +213,36 @@ def test_damaged_bundled_files_are_refused_before_parsing(weights_dir, damage, m
     entry = ENTRIES[0]
     path = weights_dir / entry.file
     path.write_bytes(damage(path.read_bytes()))
-    monkeypatch.setattr("timm.models._builder.load_state_dict", lambda *_, **__: pytest.fail("the file was parsed"))
+    monkeypatch.setattr(safetensors.torch, "load", lambda *_: pytest.fail("the file was parsed"))
     with pytest.raises(mz.WeightsError, match="reinstall mobilenets-zoo") as error:
         timm.create_model(entry.model, pretrained=True)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_bytes_that_were_checked_are_the_bytes_that_load(weights_dir, monkeypatch):
+    """A file that is swapped as soon as it has been read: what loads is what was checked."""
+    entry = pretrained.default_entry("mobilenetv1_w025_cifar100")
+    expected = timm.create_model(entry.model, pretrained=True)
+    original = pretrained.verified_bytes
+
+    def read_and_swap(path, *arguments):
+        data = original(path, *arguments)
+        path.write_bytes(safetensors.torch.save({"stem.conv.weight": torch.zeros(1)}))
+        return data
+
+    monkeypatch.setattr(pretrained, "verified_bytes", read_and_swap)
+    model = timm.create_model(entry.model, pretrained=True)
+    assert same(model, expected)
+    assert "state_dict" not in model.pretrained_cfg
+
+
+def test_a_file_that_is_far_too_long_is_not_read_into_memory(weights_dir):
+    entry = ENTRIES[0]
+    with open(weights_dir / entry.file, "r+b") as file:
+        file.truncate(3 * 2**40)  # sparse
+    with pytest.raises(mz.WeightsError, match="more than"):
+        timm.create_model(entry.name, pretrained=True)
 
 
 def test_a_missing_file_is_named(weights_dir):
@@ -210,7 +251,18 @@ def test_a_missing_file_is_named(weights_dir):
         timm.create_model(ENTRIES[0].model, pretrained=True)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a.b": {}}', '{"a.b": 3}'])
+def with_value(key: str, value: object) -> str:
+    rows = json.loads((pretrained.WEIGHTS_DIR / "manifest.json").read_text())
+    next(iter(rows.values()))[key] = value
+    return json.dumps(rows)
+
+
+BROKEN = ["", "{", "[]", '{"a.b": {}}', '{"a.b": 3}', "[" * 100_000]
+BROKEN += [with_value("bytes", value) for value in (None, "5", [5], True, 5.5)]
+BROKEN += [with_value("file", value) for value in (None, 3, ["a"], "a" * 3000, "../x.safetensors", "")]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_manifest_is_named(weights_dir, content):
     (weights_dir / "manifest.json").write_text(content)
     pretrained.manifest.cache_clear()

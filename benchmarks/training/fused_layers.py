@@ -37,9 +37,9 @@ def fuse_layers(model: nn.Module) -> nn.Module:
             depthwise = module.groups == module.in_channels == module.out_channels
             shape = (module.kernel_size, module.stride, module.padding)
             if depthwise and shape == ((3, 3), (1, 1), (1, 1)):
-                module.forward = functools.partial(_depthwise_forward, module)
+                module.forward = functools.partial(_depthwise_forward, module)  # type: ignore[method-assign]
             elif module.kernel_size == (1, 1):
-                module.forward = functools.partial(_block_diagonal_forward, module)
+                module.forward = functools.partial(_block_diagonal_forward, module)  # type: ignore[method-assign]
     return model
 
 
@@ -115,7 +115,7 @@ def _parts(rows: int, columns: int, block_m: int) -> tuple[int, int]:
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, running_mean, running_var, momentum, eps, relu6):  # type: ignore[override]
+    def forward(ctx: Any, x, weight, bias, running_mean, running_var, momentum, eps, relu6):
         x = _checked(x)
         channels, rows = x.shape[1], x.numel() // x.shape[1]
         block_c = _block_channels(channels)
@@ -133,7 +133,7 @@ class _BatchNormAct(torch.autograd.Function):
         return _normalize(x, stats, relu6)
 
     @staticmethod
-    def backward(ctx: Any, grad):  # type: ignore[override]
+    def backward(ctx: Any, grad):
         x, stats = ctx.saved_tensors
         grad = _checked(grad)
         channels, rows = x.shape[1], x.numel() // x.shape[1]
@@ -306,13 +306,13 @@ def _grad_input_kernel(
 
 class _DepthwiseConv3x3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight):  # type: ignore[override]
+    def forward(ctx: Any, x, weight):
         x = _checked(x)
         ctx.save_for_backward(x, weight)
         return _depthwise(x, weight, False)
 
     @staticmethod
-    def backward(ctx: Any, grad):  # type: ignore[override]
+    def backward(ctx: Any, grad):
         x, weight = ctx.saved_tensors
         grad = _checked(grad)
         n, channels, height, width = x.shape

@@ -60,13 +60,13 @@ def _load_package_file(model: nn.Module, source: str, sha256: str) -> None:
     if digest != sha256:
         raise ValueError(f"init_from {source!r} is altered: its sha256 is {digest}, expected {sha256}")
     theirs = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    ours = model.state_dict()
+    ours, classifier = model.state_dict(), str(model.pretrained_cfg["classifier"])  # type: ignore[index]
     if len(theirs) != len(ours):
         raise ValueError(f"init_from {source!r} holds {len(theirs)} tensors, the network {len(ours)}")
     for (name, tensor), value in zip(ours.items(), theirs.values(), strict=True):
         if tensor.shape == value.shape:
             tensor.copy_(value)
-        elif not name.startswith(model.pretrained_cfg["classifier"]):  # type: ignore[index, operator]
+        elif not name.startswith(classifier):
             raise ValueError(f"init_from {source!r}: {name} has shape {tuple(tensor.shape)}, not {tuple(value.shape)}")
 
 
@@ -129,8 +129,8 @@ def _groups(conv: nn.Module) -> int:
 
 
 def _transfer_bottleneck(source: Bottleneck, target: Bottleneck, refusal: str) -> None:
-    expand = source.expansion.conv.weight.flatten(1)  # (hidden, in)
-    project = source.projection.conv.weight.flatten(1)  # (out, hidden)
+    expand = source.expansion.conv.get_parameter("weight").flatten(1)  # (hidden, in)
+    project = source.projection.conv.get_parameter("weight").flatten(1)  # (out, hidden)
     # What leaves a layer in place p was made in place before[p], where a shuffle lies between.
     hidden_before = _before(target.shuffle_hidden, _hidden(target))
     out_before = _before(target.shuffle_out, len(project))
@@ -188,7 +188,7 @@ def _load_pointwise(conv: nn.Module, weight: torch.Tensor) -> None:
         part.chunk(groups, 1)[group]  # each group's rows and its own inputs
         for group, part in enumerate(weight.chunk(groups, 0))
     ]
-    conv.weight.copy_(torch.cat(rows)[:, :, None, None])  # type: ignore[operator, union-attr]
+    conv.get_parameter("weight").copy_(torch.cat(rows)[:, :, None, None])
     if isinstance(conv, mz.LearnedGroupConv2d):
         conv.mask.fill_(True)
 

@@ -43,8 +43,8 @@ class SoftLabels:
 
     def to(self, device: torch.device) -> "SoftLabels":
         """Returns the labels on a device; on the CPU they stay mapped from the file."""
-        tensors = (tensor.to(device) for tensor in (self.views, self.classes, self.log_probs, self.rest))
-        return SoftLabels(*tensors, info=self.info)
+        views, classes, log_probs, rest = (t.to(device) for t in (self.views, self.classes, self.log_probs, self.rest))
+        return SoftLabels(views, classes, log_probs, rest, self.info)
 
     def subset(self, mask: np.ndarray) -> "SoftLabels":
         """Returns the labels of the images that a mask (N,) names."""

@@ -19,9 +19,17 @@ CIFAR100_MEAN = (0.50708, 0.48655, 0.44092)
 CIFAR100_STD = (0.26733, 0.25644, 0.27615)
 
 
-def cifar100_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Returns timm's pretrained configuration for 32x32 CIFAR-100 input, `kwargs` on top."""
+def cifar100_cfg(weight: str, **kwargs: Any) -> dict[str, Any]:
+    """Returns timm's pretrained configuration for 32x32 CIFAR-100 input.
+
+    Args:
+        weight: "model.tag"; the tag "untrained" stands for a model without weights.
+        **kwargs: further keys.
+    """
+    model, _, tag = weight.partition(".")
+    hub = {"hf_hub_id": f"mobilenets-zoo/{model}", "hf_hub_filename": "model.safetensors"}
     return {
+        **(hub if tag != "untrained" else {}),
         "num_classes": 100,
         "input_size": (3, 32, 32),
         "pool_size": (8, 8),

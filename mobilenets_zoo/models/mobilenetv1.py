@@ -79,19 +79,14 @@ class MobileNetV1(MobileNetBase):
         self._init_weights()
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return cifar100_cfg(paper_ids="arXiv:1704.04861", **kwargs)
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "mobilenetv1_cifar100.untrained": _cfg(),
-        "mobilenetv1_w050_cifar100.untrained": _cfg(),
-        "mobilenetv1_w025_cifar100.sgd_e36_r32": _cfg(
-            hf_hub_id="mobilenets-zoo/mobilenetv1_w025_cifar100", hf_hub_filename="model.safetensors"
-        ),
-    }
+# The first tag of a model is its default.
+WEIGHTS = (
+    "mobilenetv1_cifar100.kd_e26_r32",
+    "mobilenetv1_w050_cifar100.kd_e16_r32",
+    "mobilenetv1_w025_cifar100.sgd_e36_r32",
 )
+
+default_cfgs = generate_default_cfgs({name: cifar100_cfg(name, paper_ids="arXiv:1704.04861") for name in WEIGHTS})
 
 
 def _create_mobilenetv1(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetV1:

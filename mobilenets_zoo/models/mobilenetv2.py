@@ -181,33 +181,28 @@ class MobileNetV2(MobileNetBase):
         self._init_weights()
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return cifar100_cfg(paper_ids="arXiv:1801.04381", **kwargs)
-
-
-def _lgc_cfg(**kwargs: Any) -> dict[str, Any]:
-    return cifar100_cfg(paper_ids=("arXiv:1801.04381", "arXiv:1711.09224"), **kwargs)
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "mobilenetv2_cifar100.untrained": _cfg(),
-        "mobilenetv2_t4_cifar100.untrained": _cfg(),
-        "mobilenetv2_t1_cifar100.sgd_e24_r32": _cfg(
-            hf_hub_id="mobilenets-zoo/mobilenetv2_t1_cifar100", hf_hub_filename="model.safetensors"
-        ),
-        "mobilenetv2_lgc_cifar100.kd_e16_r32": _lgc_cfg(
-            hf_hub_id="mobilenets-zoo/mobilenetv2_lgc_cifar100", hf_hub_filename="model.safetensors"
-        ),
-        "mobilenetv2_lgc_exp_cifar100.untrained": _lgc_cfg(),
-        "mobilenetv2_lgc_proj_cifar100.untrained": _lgc_cfg(),
-        "mobilenetv2_lgc_gc_cifar100.untrained": _lgc_cfg(),
-        "mobilenetv2_gc_lgc_cifar100.untrained": _lgc_cfg(),
-        "mobilenetv2_gc_cifar100.untrained": _cfg(),
-        "mobilenetv2_gc_exp_cifar100.untrained": _cfg(),
-        "mobilenetv2_gc_proj_cifar100.untrained": _cfg(),
-    }
+# The first tag of a model is its default.
+WEIGHTS = (
+    "mobilenetv2_cifar100.kd_e26_r32",
+    "mobilenetv2_t4_cifar100.kd_e5_r32",
+    "mobilenetv2_t1_cifar100.kd_e16_r32",
+    "mobilenetv2_t1_cifar100.sgd_e24_r32",
+    "mobilenetv2_lgc_cifar100.kd_e5_r32",
+    "mobilenetv2_lgc_exp_cifar100.kd_e5_r32",
+    "mobilenetv2_lgc_proj_cifar100.kd_e5_r32",
+    "mobilenetv2_lgc_gc_cifar100.kd_e5_r32",
+    "mobilenetv2_gc_lgc_cifar100.kd_e5_r32",
+    "mobilenetv2_gc_cifar100.kd_e5_r32",
+    "mobilenetv2_gc_exp_cifar100.kd_e5_r32",
+    "mobilenetv2_gc_proj_cifar100.kd_e5_r32",
 )
+
+
+def _paper_ids(name: str) -> tuple[str, ...]:
+    return ("arXiv:1801.04381", "arXiv:1711.09224") if "lgc" in name else ("arXiv:1801.04381",)
+
+
+default_cfgs = generate_default_cfgs({name: cifar100_cfg(name, paper_ids=_paper_ids(name)) for name in WEIGHTS})
 
 
 def _create_mobilenetv2(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
