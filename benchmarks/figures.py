@@ -87,59 +87,62 @@ class Figure:
 
 def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
     axes = figure.add_subplot()
-    for name, macs, top1 in data["published"]:
+    for _, macs, top1 in data["published"]:
         axes.plot(macs, top1, "s", color=PEERS, markersize=5)
-        offset = (4, -10) if name == "CondenseNet-86" else (4, 4)  # its neighbour's label is above
-        axes.annotate(name, (macs, top1), offset, textcoords="offset points", fontsize=7, color=PEERS)
-    for label, color, marker, points in (
+    for what, color, marker, points in (
         ("original, same parameters and MACs", ORIGINAL, "o", data["original"]),
         ("this zoo", OURS, "D", data["zoo"]),
     ):
-        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label, markersize=6)
-    label_in_turns(axes, data["zoo"], OURS)
+        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=what, markersize=6)
     axes.plot([], [], "s", color=PEERS, label="published by others († best epoch on the test set)")
     axes.set(xscale="log", xlabel="MACs (millions, log scale)", ylabel="CIFAR-100 top-1 (%)")
     axes.margins(x=0.08, y=0.08)
     axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
+    label(axes, [*((point, OURS, 8) for point in data["zoo"]), *((point, PEERS, 7) for point in data["published"])])
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
 
 
-def label_in_turns(axes: Any, points: list[tuple[str, float, float]], color: str, above: bool = True) -> None:
-    """Names points above and below them in turns from left to right, the first one above if `above`."""
-    for i, (name, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
-        offset = (0, 7) if (i % 2 == 0) == above else (0, -14)
-        axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8, color=color, ha="center")
+def label(axes: Any, points: list[tuple[list[Any], str, int]]) -> None:
+    """Names points (name, x, y) in a colour and a font size, moved apart so that no name covers another."""
+    from adjustText import adjust_text
+
+    texts = [axes.text(x, y, name, color=color, fontsize=size) for (name, x, y), color, size in points]
+    marks = axes.get_lines()
+    xs, ys = (np.concatenate([line.get_data()[axis] for line in marks]) for axis in (0, 1))
+    arrows = dict(arrowstyle="-", color="#aaaaaa", linewidth=0.6)
+    adjust_text(texts, xs, ys, ax=axes, expand=(1.1, 1.3), arrowprops=arrows)
 
 
 def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
     axes = figure.add_subplot()
-    for label, color, marker, points in (
+    for what, color, marker, points in (
         ("original's top-1, its layers as they are", ORIGINAL, "o", data["original"]),
         ("this zoo, optimized", OURS, "D", data["zoo"]),
         ("MobileNetV2 as usual for CIFAR, published top-1", PEERS, "s", data["peers"]),
     ):
-        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=label)
-        if color != ORIGINAL:
-            label_in_turns(axes, points, color, above=color == OURS)
+        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=what)
     frontier: list[tuple[float, float]] = []
     for _, milliseconds, top1 in sorted((p for points in data.values() for p in points), key=lambda point: point[1]):
         if not frontier or top1 > frontier[-1][1]:
             frontier.append((milliseconds, top1))
     axes.step(*zip(*frontier, strict=True), where="post", color="#444444", linewidth=1, label="frontier")
     axes.set(xlabel="milliseconds per image, batch 1, 1 thread", ylabel="CIFAR-100 top-1 (%)", xlim=(0, None))
-    axes.margins(x=0.2, y=0.2)
+    axes.margins(x=0.08, y=0.08)
+    label(axes, [*((point, OURS, 8) for point in data["zoo"]), *((point, PEERS, 8) for point in data["peers"])])
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
 
 
 def draw_training_curves(figure: Any, data: Any) -> None:
-    loss, top1 = figure.subplots(1, 2)
-    for name, rows in data.items():
-        epochs = [row["epoch"] for row in rows]
-        loss.plot(epochs, [row["train_loss"] for row in rows], label=name)
-        top1.plot(epochs, [row["train_top1"] for row in rows], label=name)
-    loss.set(xlabel="epoch", ylabel="training loss")
-    top1.set(xlabel="epoch", ylabel="training top-1 (%)")
-    loss.legend(fontsize=7)
+    figure.set_size_inches(7.0, 6.4)
+    for (loss, top1), (start, curves) in zip(figure.subplots(len(data), 2, squeeze=False), data.items(), strict=True):
+        for i, (name, rows) in enumerate(curves.items()):
+            epochs = [row["epoch"] for row in rows]
+            style = dict(label=name, color=f"C{i}", linewidth=1.2)
+            loss.plot(epochs, [row["train_loss"] for row in rows], **style)
+            top1.plot(epochs, [row["train_top1"] for row in rows], **style)
+        loss.set(xlabel="epoch", ylabel="training loss", title=start)
+        top1.set(xlabel="epoch", ylabel="training top-1 (%)")
+        top1.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_hoyer(figure: Any, data: Any) -> None:
@@ -175,7 +178,7 @@ def latency_of(document: Any, model: str, form: str) -> float:
 
 
 def short(name: str) -> str:
-    return name.removesuffix("_cifar100")
+    return name.removesuffix("_cifar100").removeprefix("mobilenet")
 
 
 def all_figures(original_top1: dict[str, float]) -> list[Figure]:
@@ -206,16 +209,18 @@ def all_figures(original_top1: dict[str, float]) -> list[Figure]:
         }
         figures.append(Figure("accuracy_latency", against, draw_accuracy_against_latency))
 
-    curves = {}
+    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name, entry in weights.items():
+        parent = json.loads((ROOT / entry.result).read_text())["recipe"].get("init_from", "").partition(".")[0]
         with open(LOGS / f"{Path(entry.result).stem}.csv", newline="") as file:
             columns = ("epoch", "train_loss", "train_top1")
-            curves[short(name)] = [{key: float(row[key]) for key in columns} for row in csv.DictReader(file)]
+            rows = [{key: float(row[key]) for key in columns} for row in csv.DictReader(file)]
+        curves.setdefault(f"from {short(parent)}" if parent else "from random weights", {})[short(name)] = rows
     figures.append(Figure("training_curves", curves, draw_training_curves))
 
     stages = json.loads((LOGS / f"{LEARNED}.masks.json").read_text())
-    figures.append(Figure(f"hoyer_{short(LEARNED)}", hoyer(stages), draw_hoyer))
-    figures.append(Figure(f"mask_{short(LEARNED)}", mask_stages(stages), draw_mask))
+    figures.append(Figure("hoyer_mobilenetv2_lgc", hoyer(stages), draw_hoyer))
+    figures.append(Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask))
     return figures
 
 

@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def flagship() -> str:
     others = sum(entry.taught_by is not None for entry in mz.manifest().values()) - 1
     alone = [f"`{entry.name}`" for entry in mz.manifest().values() if not entry.taught_by]
     result = json.loads((ROOT / best.result).read_text())
-    return (
+    return wrapped(
         f"`{best.model}` has **{best.top1:.2f} % top-1** with {best.params / 1e6:.2f} M parameters in "
         f"{times[best.model]:.1f} ms an image (the architecture's source reports {ORIGINAL_TOP1[best.model]:.2f} %), "
         f"after {result['recipe']['epochs']} epochs on one {result['training']['device']}. It and {others} other "
@@ -124,7 +125,11 @@ def state() -> str:
         epochs = [json.loads((ROOT / weights[name].result).read_text())["recipe"]["epochs"] for name in below]
         text += f"; the others are {min(below.values()):.1f} to {max(below.values()):.1f} points below it. Theirs were "
         text += f"short runs of {min(epochs)} to {max(epochs)} epochs, where the original took 400"
-    return f"{text}."
+    return wrapped(f"{text}.")
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def weights_table() -> str:
