@@ -42,7 +42,7 @@ class ImageSet:
         return len(self.labels)
 
     def subset(self, mask: np.ndarray) -> "ImageSet":
-        """Returns the images that a mask (N,) names."""
+        """Returns the images that a mask (N,) or their positions name."""
         return ImageSet(self.images[mask], self.labels[mask], self.classes)
 
     def sha256(self) -> str:

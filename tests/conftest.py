@@ -32,6 +32,12 @@ def cifar100() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def test_images(cifar100) -> mz.data.ImageSet:
+    """The 10,000 test images, decoded once."""
+    return mz.data.load_images(cifar100, "test")
+
+
 @pytest.fixture(autouse=True)
 def bundled_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests start from the default source, whatever the caller's environment says."""

@@ -191,8 +191,8 @@ def test_digest_follows_the_pixels():
 
 
 @pytest.mark.cifar100
-def test_cifar100_itself(cifar100):
-    test = load_images(cifar100, "test")
+def test_cifar100_itself(cifar100, test_images):
+    test = test_images
     assert test.sha256() == TEST_PIXELS
     assert np.bincount(test.labels).tolist() == [100] * 100
     train = load_images(cifar100, "train")

@@ -241,9 +241,9 @@ def count_macs(network: nn.Module) -> int:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", timm.list_models("*_cifar100"))
 @torch.inference_mode()
-def test_predictions_on_the_test_set_stay(name, cifar100):
+def test_predictions_on_the_test_set_stay(name, test_images):
     model = timm.create_model(name, pretrained=True).eval().to(memory_format=torch.channels_last)
-    images, cfg = mz.data.load_images(cifar100, "test").images, model.pretrained_cfg
+    images, cfg = test_images.images, model.pretrained_cfg
     forms = [mz.optimize_for_inference(model, dense=dense) for dense in (False, True)]
     for start in range(0, len(images), 250):
         x = preprocess(torch.from_numpy(images[start : start + 250]), cfg["mean"], cfg["std"])

@@ -402,6 +402,25 @@ def test_soft_labels_are_what_the_teacher_says_of_each_view(labelled, data):
         assert softer.max() < actual.max()
 
 
+@pytest.mark.cifar100
+def test_the_shipped_soft_labels_are_the_shipped_teachers(cifar100):
+    """A few images, on the CPU; the labels were computed on a GPU, in bfloat16 as here."""
+    from soft_labels import Teacher
+    from training.augment import crop_and_mirror
+
+    recipe = load_recipe(ROOT / "benchmarks" / "recipes" / "teacher_efficientnet_lite2.toml")
+    folder = ROOT / "benchmarks" / "teacher"
+    teacher = Teacher(recipe, folder, 100, torch.device("cpu"))
+    labels, data = SoftLabels.load(folder / "soft_labels.safetensors"), mz.data.load_images(cifar100, "train")
+    assert labels.info["data_sha256"] == data.sha256()
+    assert labels.views.shape == (50_000, 16)
+    images, draws = torch.arange(0, 50_000, 4_000), torch.arange(13)
+    crops = crop_and_mirror(torch.from_numpy(data.images)[images], labels.views[images, draws], recipe.crop_padding)
+    expected, actual = teacher(crops), labels.targets(images, draws, 1.0)
+    assert (expected - actual).abs().max() < 0.05
+    assert torch.nn.functional.cosine_similarity(expected, actual).min() > 0.995
+
+
 def test_soft_labels_soften_like_the_whole_distribution():
     """With every class kept, a temperature does what softmax(logits / T) does, up to the rounding of a file."""
     from training.soft_labels import pack
