@@ -178,6 +178,9 @@ def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
     for name, create in PEERS.items() if peers else ():
         torch.manual_seed(0)
         peer = with_random_batchnorm(create()).eval()
+        if not hasattr(peer, "pretrained_cfg"):  # calibration normalises its images
+            cfg = timm.get_pretrained_cfg("mobilenetv2_cifar100")
+            peer.pretrained_cfg = {"mean": cfg.mean, "std": cfg.std}  # type: ignore[assignment]
         add(name, "plain", "random", peer, peer)
     return entries
 

@@ -323,7 +323,11 @@ def latency_table(precision: str) -> str:
         passes = pass_times(document, (1,), threads=threads, **cell)
         times.append(f"{_median_and_range(passes)} ms on {_count(threads, 'thread')}")
     note = f"1.00 is, per image at batch 1, {', '.join(times)}: median of {len(passes)} passes (lowest to highest)."
-    note += f" {latency_source(document)}"
+    tags = sorted({f"`{file['weights']}`" for file in document["files"] if "cifar100" in file["model"]})
+    note += (
+        f" {latency_source(document)} The networks had weights of {', '.join(tags)}: which hidden channels an optimized"
+    )
+    note += " one leaves out follows from its weights, so newer ones may differ a little."
     return f"{markdown(['model', 'form', *ORT_CELLS], rows)}\n\n{note}"
 
 
