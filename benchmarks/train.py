@@ -108,7 +108,6 @@ class Trainer:
             views = self.soft_labels.views[indices, views]
         pixels = preprocess(crop_and_mirror(self.images[indices], views, recipe.crop_padding), self.mean, self.std)
         hard = F.one_hot(self.labels[indices], self.num_classes).float()
-        hard = hard * (1.0 - recipe.label_smoothing) + recipe.label_smoothing / self.num_classes
         box = plan.boxes[i]
         if box is not None:  # each image gets a rectangle of the one at the mirrored place in the batch
             rows, columns = box

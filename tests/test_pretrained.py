@@ -1,10 +1,12 @@
 """Where weights come from and what happens to files that aren't what the manifest says."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -363,6 +365,21 @@ def test_save_weights_refuses_unfinished_masks(tmp_path):
     with pytest.raises(ValueError, match="can't condense"):
         mz.save_weights(timm.create_model("mobilenetv2_lgc_cifar100"), tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["hub", "auto"])
+def test_a_hub_that_never_answers_costs_a_limited_time(source, monkeypatch):
+    entry = dataclasses.replace(ENTRIES[0], revision="0" * 40)
+    monkeypatch.setenv(pretrained.SOURCE_VARIABLE, source)
+    monkeypatch.setattr(pretrained, "HUB_SECONDS", {"hub": 0.2, "auto": 0.2})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: time.sleep(20))
+    start = time.monotonic()
+    if source == "auto":
+        assert pretrained.verified_weights(entry)[0] == pretrained.WEIGHTS_DIR / entry.file
+    else:
+        with pytest.raises(mz.WeightsError, match=r"took more than 0\.2 seconds"):
+            pretrained.verified_weights(entry)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("source", ["bundled", ""])

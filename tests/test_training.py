@@ -414,6 +414,9 @@ def test_the_shipped_soft_labels_are_the_shipped_teachers(cifar100):
     labels, data = SoftLabels.load(folder / "soft_labels.safetensors"), mz.data.load_images(cifar100, "train")
     assert labels.info["data_sha256"] == data.sha256()
     assert labels.views.shape == (50_000, 16)
+    right = (labels.classes[:, :, 0].long() == torch.from_numpy(data.labels)[:, None]).float().mean(1)
+    trained, held = (100 * right[torch.from_numpy(mask)].mean().item() for mask in train.split_holdout(data))
+    assert (round(trained), round(held)) == (96, 83)  # as docs/training.md says
     images, draws = torch.arange(0, 50_000, 4_000), torch.arange(13)
     crops = crop_and_mirror(torch.from_numpy(data.images)[images], labels.views[images, draws], recipe.crop_padding)
     expected, actual = teacher(crops), labels.targets(images, draws, 1.0)

@@ -1,9 +1,9 @@
-"""Training layers for NVIDIA GPUs: BatchNorm with ReLU6 in one pass, and 3x3 depthwise convolution, both channels-last.
+"""Training layers for NVIDIA GPUs: BatchNorm with ReLU6 in it, and 3x3 depthwise convolution, both channels-last.
 
-A MobileNet's training step moves memory far more than it multiplies, and PyTorch's own kernels read and write each
-activation about twice as often as needed. `fuse_layers` swaps the forward of a network's BatchNorm and depthwise
-layers; parameters, buffers and state dict stay what they are. Sums are accumulated in float32 and in a fixed order:
-the same input gives the same output on every run.
+A MobileNet's training step moves much memory for each multiplication, and PyTorch's own kernels normalise and clip in
+passes of their own. `fuse_layers` swaps the forward of a network's BatchNorm and depthwise layers; parameters, buffers
+and state dict stay what they are. Sums are accumulated in float32 and in a fixed order: the same input gives the same
+output on every run.
 """
 
 import functools
@@ -27,8 +27,7 @@ def fuse_layers(model: nn.Module) -> nn.Module:
     """Swaps the forward of layers, in place.
 
     BatchNorm with ReLU6 or nothing behind it and 3x3 depthwise convolutions of stride 1 get the kernels below. 1x1
-    group convolutions become dense ones with zeros between the blocks: on tensor cores those multiplications are
-    free, and group convolutions are slow.
+    group convolutions become dense ones with zeros between the blocks, which run on tensor cores.
     """
     for module in model.modules():
         if isinstance(module, BatchNormAct2d) and isinstance(module.act, (nn.ReLU6, nn.Identity)):

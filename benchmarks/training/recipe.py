@@ -15,7 +15,7 @@ __all__ = ["SHARED_FIELDS", "Recipe", "load_recipe"]
 
 # What decides which images and targets a step sees, and how long the training is.
 SHARED_FIELDS = (
-    *("epochs", "seed", "batch_size", "crop_padding", "cutmix", "label_smoothing", "sizes", "precision"),
+    *("epochs", "seed", "batch_size", "crop_padding", "cutmix", "sizes", "precision"),
     *("soft_labels", "temperature"),
 )
 
@@ -40,7 +40,6 @@ class Recipe:
         lr: peak learning rate; linear warm-up over `warmup_epochs`, then a cosine to zero, updated every step.
         momentum: of SGD and Muon.
         weight_decay: not applied to BatchNorm and biases.
-        label_smoothing: probability mass of the hard labels that is spread over all classes.
         ema_decay: decay per step of the exponential moving average of the weights; 0 turns it off.
         bn_batches: batches, cropped and mirrored only, that BatchNorm's statistics are re-estimated on at the end.
         crop_padding: zero padding, in pixels, around the image before the random crop.
@@ -69,7 +68,6 @@ class Recipe:
     warmup_epochs: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    label_smoothing: float = 0.0
     ema_decay: float = 0.0
     bn_batches: int = 0
     crop_padding: int = 4
@@ -88,7 +86,7 @@ class Recipe:
             raise ValueError(f"precision must be 'bf16' or 'fp32', not {self.precision!r}")
         if abs(sum(share for share, _ in self.sizes) - 1.0) > 1e-6:
             raise ValueError(f"the shares in sizes must add up to 1: {self.sizes}")
-        for name in ("cutmix", "label_smoothing", "ema_decay"):
+        for name in ("cutmix", "ema_decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if bool(self.soft_labels) != bool(self.kd_weight):

@@ -169,7 +169,7 @@ class Student:
 class Average:
     """The exponential moving average of a network's weights and statistics, with a warm-up.
 
-    timm's ModelEmaV3 walks through both state dicts at every step, which costs more than a step on a GPU.
+    timm's ModelEmaV3 builds both state dicts anew at every step; here the tensors are collected once.
     """
 
     def __init__(self, model: nn.Module, decay: float):
