@@ -1,5 +1,6 @@
 """The trainer on a made-up data set of ten classes: what it learns, and that nothing is lost."""
 
+import contextlib
 import copy
 import csv
 import errno
@@ -20,15 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import timm
+import timm.optim.muon as muon
 import torch
 import train
 from conftest import ROOT
 from PIL import Image
+from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from training.recipe import Recipe, load_recipe
 from training.soft_labels import SoftLabels
-from training.student import Student, keep_strided_depthwise_in_float32
+from training.student import Student, keep_strided_depthwise_in_float32, orthogonalize_in_float32
 
 import mobilenets_zoo as mz
 
@@ -564,3 +567,24 @@ def test_evaluate_script_measures_and_bundles(tmp_path, data, monkeypatch):
     arguments = [str(outside), "--run", str(tmp_path / "out"), "--data", str(data), "--device", "cpu"]
     assert evaluate.main([*arguments, "--bundle"]) == 2
     assert evaluate.main(arguments) == 0
+
+
+def test_muon_in_float32(monkeypatch):
+    """Recipes for CPUs without bfloat16 take Muon's products in float32, and leave timm as it was."""
+    seen = []
+    original = muon.zeropower_via_newtonschulz
+
+    def spy(*args, **arguments):
+        result = original(*args, **arguments)
+        seen.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
+    layer = torch.nn.Linear(8, 4, bias=False)
+    optimizer = create_optimizer_v2(layer, "nmuon", lr=0.1)
+    for context in (contextlib.nullcontext(), orthogonalize_in_float32()):
+        layer(torch.ones(2, 8)).sum().backward()
+        with context:
+            optimizer.step()
+    assert muon.zeropower_via_newtonschulz is spy
+    assert seen == [torch.bfloat16, torch.float32]
