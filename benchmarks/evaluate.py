@@ -22,10 +22,11 @@ from typing import Any
 
 import timm
 import torch
-from environment import environment
+from measuring.environment import environment
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from training.recipe import Recipe, load_recipe
 from training.soft_labels import SoftLabels
-from weight_files import create_from_file
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.cli import progress_bar
@@ -39,20 +40,12 @@ ROOT = BENCHMARKS.parent
 def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str) -> dict[str, Any]:
     """Returns the content of the result file."""
     weights = run / "model.safetensors"
-    model = (
-        create_from_file(recipe.model, weights, **recipe.model_args).to(device).to(memory_format=torch.channels_last)
-    )
     images = mz.data.load_images(data, "test")
-    model.eval()
-    deployed = model
-    if any(isinstance(module, mz.LearnedGroupConv2d) for module in model.modules()):
-        deployed = (
-            create_from_file(recipe.model, weights, condensed=True, **recipe.model_args)
-            .to(device)
-            .to(memory_format=torch.channels_last)
-        )
+    deployed = model = create(recipe, weights, device)
+    if mz.learned_layers(model):
+        deployed = create(recipe, weights, device, condensed=True)
         sample = torch.from_numpy(images.images[:100]).to(device).permute(0, 3, 1, 2) / 255.0
-        mz.check_equivalent(model, deployed.eval(), sample)
+        mz.check_equivalent(model, deployed, sample)
     with progress_bar() as progress:
         task = progress.add_task(recipe.model, total=len(images))
         result = evaluate(deployed, images, on_progress=lambda n: progress.update(task, completed=n))
@@ -84,9 +77,31 @@ def measure(recipe: Recipe, recipe_path: Path, run: Path, data: str, device: str
     }
 
 
+def create(recipe: Recipe, weights: Path, device: str, **kwargs: Any) -> nn.Module:
+    """Returns the recipe's network with the weights of a file, in eval mode.
+
+    Raises:
+        ValueError: the file can't be read or doesn't fit; the message names it.
+    """
+    try:
+        cfg = timm.get_pretrained_cfg(recipe.model)
+        classifier = cfg.classifier if cfg is not None else "classifier"
+        with safe_open(weights, "pt") as content:
+            classes = content.get_slice(f"{classifier}.weight").get_shape()[0]
+        arguments = dict(recipe.model_args, num_classes=classes, **kwargs)
+        overlay = {"file": str(weights), "num_classes": classes}
+        model = timm.create_model(recipe.model, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{weights} can't be loaded into {recipe.model}: {error}") from error
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
 def taught_by(recipe: Recipe) -> str | None:
-    """Returns the teacher and what it was pretrained on, None without one."""
-    return SoftLabels.load(BENCHMARKS / recipe.soft_labels).info["taught_by"] if recipe.soft_labels else None
+    """Returns the teacher, be it of the weight that the recipe starts from, and what it was pretrained on, or None."""
+    if recipe.soft_labels:
+        return SoftLabels.load(BENCHMARKS / recipe.soft_labels).info["taught_by"]
+    start = mz.manifest().get(recipe.init_from)
+    return start.taught_by if start is not None else None
 
 
 def file_stem(recipe: Recipe) -> str:

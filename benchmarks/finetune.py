@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from environment import environment
+from measuring.environment import environment
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -30,13 +30,13 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror
+from training.holdout import held_out
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import evaluate, preprocess
-from mobilenets_zoo.publish import write_config
+from mobilenets_zoo.hub.publish import write_config
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,7 @@ class DataSet:
 
 def split(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], flip: bool) -> DataSet:
     """Keeps a fifth of each class for the test, always the same one."""
-    generator = np.random.default_rng(SPLIT_SEED)
-    held = np.zeros(len(labels), dtype=bool)
-    for label in range(len(classes)):
-        members = np.flatnonzero(labels == label)
-        held[generator.choice(members, max(1, len(members) // 5), replace=False)] = True
+    held = held_out(labels, parts=5, seed=0)
     parts = [mz.data.ImageSet(images[m], labels[m], classes) for m in (~held, held)]
     return DataSet(parts[0], parts[1], flip)
 
@@ -135,9 +131,8 @@ def create(name: str, data: DataSet, pretrained: bool, learn_masks: bool) -> nn.
         tag="finetuned",
     )
     if learn_masks:
-        for layer in model.modules():
-            if isinstance(layer, mz.LearnedGroupConv2d):
-                layer.mask.fill_(True)
+        for layer in mz.learned_layers(model).values():
+            layer.mask.fill_(True)
     return model
 
 
@@ -159,7 +154,7 @@ def finetune(model: nn.Module, data: DataSet, args: argparse.Namespace, progress
     scheduler = CosineLRScheduler(
         optimizer, t_initial=total, warmup_t=min(steps, total // 5), warmup_lr_init=args.lr / 100, t_in_epochs=False
     )
-    unfinished = [m for m in model.modules() if isinstance(m, mz.LearnedGroupConv2d) and m.mask.all()]
+    unfinished = any(layer.mask.all() for layer in mz.learned_layers(model).values())
     schedule = mz.CondenseSchedule(model) if unfinished else None  # finished masks stay as they are
     generator = torch.Generator().manual_seed(args.seed)
     padding = max(1, images.shape[1] // 8)

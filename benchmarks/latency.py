@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --out benchmarks/results/latency.json
 
-Needs `pip install '.[onnx]'`; OpenVINO is timed where it is installed, a GPU where there is one. Within a cell
+Needs `pip install '.[onnx]'`; OpenVINO is timed where it is installed. Within a cell
 (runtime, threads, batch) all forms run in turns and in changing order, so that drift of the machine hits all alike;
 what counts are ratios within a cell. Files are timed in several passes over all cells, with sessions made anew and in
 random order: a machine whose speed changes for minutes is met more than once. Each pass keeps its own medians, because
@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,14 +37,14 @@ import onnxruntime
 import timm
 import torch
 import torchvision
-from environment import environment
+from measuring.environment import environment
+from measuring.timing import interleaved
 from rich.console import Console
 from rich.progress import Progress
-from timing import interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.learned_group_conv import CondensedConv2d
+from mobilenets_zoo.lgc.layers import CondensedConv2d
 from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,9 +129,8 @@ def zoo_model(name: str) -> tuple[nn.Module, str]:
     except mz.WeightsError:
         torch.manual_seed(0)
         model = timm.create_model(name)
-        for module in model.modules():
-            if isinstance(module, mz.LearnedGroupConv2d):
-                module.prune_(module.in_channels // module.condense_factor)
+        for layer in mz.learned_layers(model).values():
+            layer.prune_(layer.in_channels // layer.condense_factor)
         return with_random_batchnorm(model).eval(), "random"
     return timm.create_model(name, pretrained=True).eval(), entry.tag
 
@@ -167,7 +165,7 @@ def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
     for name in names:
         model, weights = zoo_model(name)
         add(name, "plain", weights, model, model)
-        if any(isinstance(module, mz.LearnedGroupConv2d) for module in model.modules()):
+        if mz.learned_layers(model):
             add(name, "textbook", weights, textbook(model), None)
             add(name, "condensed", weights, mz.condense(model).eval(), None)
         add(name, "optimized", weights, mz.optimize_for_inference(model), mz.optimize_for_inference(model, dense=True))
@@ -277,27 +275,6 @@ def time_eager(entries: list[dict[str, Any]], seconds: float, progress: Progress
     return rows
 
 
-@torch.inference_mode()
-def time_gpu(entries: list[dict[str, Any]], batch: int = 1024) -> list[dict[str, Any]]:
-    """Throughput in bf16 and channels_last, milliseconds per image."""
-    rows = []
-    x = torch.randn(batch, 3, 32, 32, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    for entry in entries:
-        network = entry["network"].to("cuda", torch.bfloat16, memory_format=torch.channels_last)
-        times = []
-        for i in range(25):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            network(x)
-            torch.cuda.synchronize()
-            if i >= 5:
-                times.append(time.perf_counter() - start)
-        entry["network"].to("cpu", torch.float32)
-        cell = dict(precision="bf16", runtime="eager on GPU", layout="channels_last", threads=0, batch=batch)
-        rows.append({"model": entry["model"], "form": entry["form"]} | cell | summary([times], batch))
-    return rows
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="result file; by default only a summary is printed")
@@ -330,8 +307,6 @@ def main(argv: list[str] | None = None) -> int:
         if "openvino" in runtimes:
             chosen = [file for file in files if file["precision"] == "fp32"]
             rows += time_files(chosen, "openvino", args.seconds, progress)
-        if torch.cuda.is_available():
-            rows += time_gpu(entries)
     for file in files:
         del file["path"]
     document = {

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment
+from measuring.environment import environment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.holdout import held_out
 from training.recipe import SHARED_FIELDS, Recipe, load_recipe
 from training.soft_labels import SoftLabels
 from training.student import LOG_FIELDS, Student, keep_freed_memory
@@ -39,8 +40,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 CHECKPOINT_SECONDS = 180
 READ_EVERY = 20  # steps between reads of loss and accuracy from the device, which stall a GPU
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels, optimisers make their state
-HOLDOUT_PER_CLASS = 50
-HOLDOUT_SEED = 100
+HOLDOUT_PARTS, HOLDOUT_SEED = 10, 100  # 5,000 of CIFAR-100's training images
 
 
 class Plan:
@@ -310,15 +310,6 @@ def load_soft_labels(recipe: Recipe, data: mz.data.ImageSet) -> SoftLabels:
     raise ValueError(f"{path} belongs to other images: recompute it with soft_labels.py")
 
 
-def split_holdout(data: mz.data.ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """Returns masks of the training images to train on and of the 50 per class to tune on, always the same ones."""
-    generator = np.random.default_rng(HOLDOUT_SEED)
-    held = np.zeros(len(data), dtype=bool)
-    for label in range(len(data.classes)):
-        held[generator.choice(np.flatnonzero(data.labels == label), HOLDOUT_PER_CLASS, replace=False)] = True
-    return ~held, held
-
-
 def check_writable(folder: Path, needed_bytes: int) -> None:
     """Finds a full disk or a folder that can't be written before training does.
 
@@ -352,9 +343,9 @@ def train(args: argparse.Namespace, console: Console) -> int:
     data, holdout = mz.data.load_images(args.data, "train"), None
     labels = load_soft_labels(recipes[0], data) if recipes[0].soft_labels else None
     if args.holdout:
-        kept, held = split_holdout(data)
-        data, holdout = data.subset(kept), data.subset(held)
-        labels = labels.subset(kept) if labels is not None else None
+        held = held_out(data.labels, HOLDOUT_PARTS, HOLDOUT_SEED)
+        data, holdout = data.subset(~held), data.subset(held)
+        labels = labels.subset(~held) if labels is not None else None
     trainer = Trainer(recipes, data, labels, holdout, device, args.out)
     # Weights, average and momentum of every student, old and new checkpoint at once.
     size = sum(p.numel() * p.element_size() for s in trainer.students for p in s.model.parameters())

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
                     row[key] = statistics.median(result[key] for result in results)
                 rows.append(row)
                 print(json.dumps(row))
-        from environment import environment
+        from measuring.environment import environment
 
         shared = {"optimizer": args.optimizer, "precision": args.precision, "batch_size": args.batch_size}
         document = {**shared, "turns": args.turns, "rows": rows, "environment": environment()}

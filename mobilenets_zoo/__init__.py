@@ -4,14 +4,16 @@ import timm, mobilenets_zoo
 model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
-from mobilenets_zoo import data, evaluation, exporting, files, models, pretrained, profiling
+from mobilenets_zoo import data, evaluation, files, models, pretrained, profiling
 from mobilenets_zoo.classes import CIFAR100_CLASSES
-from mobilenets_zoo.condensing import CondenseSchedule, check_equivalent, condense, group_lasso
-from mobilenets_zoo.converting import ConversionReport, to_learned_group_conv
-from mobilenets_zoo.exporting import OnnxClassifier, export_onnx
-from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.inference import onnx
+from mobilenets_zoo.inference.onnx import OnnxClassifier, export_onnx
+from mobilenets_zoo.inference.optimize import optimize_for_inference
+from mobilenets_zoo.lgc.condense import check_equivalent, condense, learned_layers
+from mobilenets_zoo.lgc.convert import ConversionReport, to_learned_group_conv
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.lgc.schedule import CondenseSchedule, group_lasso
 from mobilenets_zoo.models import MobileNetV1, MobileNetV2
-from mobilenets_zoo.optimizing import optimize_for_inference
 from mobilenets_zoo.pretrained import WeightsError, manifest, save_weights
 from mobilenets_zoo.profiling import Profile, profile
 
@@ -33,11 +35,12 @@ __all__ = [
     "data",
     "evaluation",
     "export_onnx",
-    "exporting",
     "files",
     "group_lasso",
+    "learned_layers",
     "manifest",
     "models",
+    "onnx",
     "optimize_for_inference",
     "pretrained",
     "profile",

@@ -212,7 +212,7 @@ def export(name: str, file: Path, condensed: bool, with_preprocessing: bool, int
         if data is not None:
             train, test = (mz.data.load_images(data, split) for split in ("train", "test"))
             _check_classes(model, test)
-            calibration = mz.exporting.calibration_images(train)
+            calibration = mz.onnx.calibration_images(train)
         with progress_bar() as progress:
             task = progress.add_task(f"export {_full_name(model)}", total=None)
             mz.export_onnx(network, file, preprocessing=with_preprocessing, calibration_images=calibration)
@@ -221,7 +221,7 @@ def export(name: str, file: Path, condensed: bool, with_preprocessing: bool, int
             if test is not None:
                 task = progress.add_task("accuracy", total=2 * len(test))
                 fp32 = measure(model, test, on_progress=partial(_advance, progress, task))
-                top1 = mz.exporting.onnx_top1(
+                top1 = mz.onnx.onnx_top1(
                     mz.OnnxClassifier(file), test, partial(_advance, progress, task, offset=len(test))
                 )
                 lines.append(f"top-1 on the {len(test):,} test images: int8 {top1:.2f} %, fp32 {fp32.top1:.2f} %")
@@ -241,7 +241,7 @@ def export(name: str, file: Path, condensed: bool, with_preprocessing: bool, int
 @click.option("--dry-run", type=click.Path(path_type=Path), metavar="DIR", help="Write the folder, upload nothing.")
 def publish(name: Optional[str], publish_all: bool, namespace: str, dry_run: Optional[Path]) -> None:
     """Upload a model's weights, configuration and card to the Hugging Face Hub."""
-    from mobilenets_zoo import publish as hub
+    from mobilenets_zoo.hub import publish as hub
 
     if bool(name) == publish_all:
         raise InputError("give either the NAME of a model or --all")

@@ -29,7 +29,7 @@ class ImageSet:
     """One split of a labelled image data set.
 
     Attributes:
-        images: uint8, (N, 32, 32, 3).
+        images: uint8, (N, height, width, channels).
         labels: int64, (N,).
         classes: class names, the label is the position.
     """
@@ -46,7 +46,7 @@ class ImageSet:
         return ImageSet(self.images[mask], self.labels[mask], self.classes)
 
     def sha256(self) -> str:
-        """Digest of the decoded pixels (N x 32 x 32 x 3 bytes, rows in order)."""
+        """Digest of the decoded pixels, a byte per value, in the order of `images`."""
         return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
 
 

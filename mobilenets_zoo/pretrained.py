@@ -20,9 +20,9 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
-from mobilenets_zoo.condensing import condense, learned_layers
 from mobilenets_zoo.files import atomic_write
-from mobilenets_zoo.learned_group_conv import CondensedConv2d, condense_weight, expand_weight
+from mobilenets_zoo.lgc.condense import condense, learned_layers
+from mobilenets_zoo.lgc.layers import CondensedConv2d, condense_weight, expand_weight
 
 __all__ = [
     "SOURCE_VARIABLE",

@@ -10,8 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from mobilenets_zoo.folded_conv import FoldedConv2d
-from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.inference.folded_conv import FoldedConv2d
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 
 __all__ = ["Profile", "deployed_milliseconds", "deployed_profiles", "profile"]
 

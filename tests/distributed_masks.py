@@ -1,4 +1,4 @@
-"""Run by test_condensing.py under torchrun: trains and prunes on each process and compares the outcome."""
+"""Run by test_lgc_models.py under torchrun: trains and prunes on each process and compares the outcome."""
 
 import torch
 import torch.distributed as dist

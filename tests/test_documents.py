@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 from mobilenets_zoo import pretrained
-from mobilenets_zoo.publish import build_folder
+from mobilenets_zoo.hub.publish import build_folder
 
 
 def python_blocks(text: str) -> list[str]:
@@ -82,3 +82,15 @@ def test_card_code_runs(entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for block in blocks:
         exec(compile(re.sub(rf"hf-hub:{entry.hub_id}(@\w+)?", f"local-dir:{folder}", block), "card", "exec"), names)
     assert (tmp_path / "model.onnx").is_file()
+
+
+def test_the_map_names_every_file():
+    text = (ROOT / "docs" / "design.md").read_text()
+    parts = text[text.index("```text") :].partition("```\n")[0]
+    files = [path for folder in ("mobilenets_zoo", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    helpers = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
+    missing = [str(path.relative_to(ROOT)) for path in [*files, *helpers] if path.name not in parts]
+    assert missing in ([], [m for m in missing if m.endswith("/__init__.py")])
+    named = set(re.findall(r"[\w/]+\.py", parts))
+    existing = {path.name for path in [*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]}
+    assert named <= existing

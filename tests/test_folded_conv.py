@@ -9,8 +9,9 @@ from conftest import with_lively_statistics, with_random_masks
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import folded_conv
-from mobilenets_zoo.folded_conv import Convolution, FoldedConv2d
+from mobilenets_zoo.inference import folded_conv
+from mobilenets_zoo.inference.folded_conv import FoldedConv2d
+from mobilenets_zoo.inference.rewrites import Convolution
 
 pytestmark = pytest.mark.skipif(
     not folded_conv.fused_convolution_works(), reason="this PyTorch has no fused oneDNN convolution"

@@ -23,8 +23,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import pretrained, publish
-from mobilenets_zoo.publish import PublishError, build_folder
+from mobilenets_zoo import pretrained
+from mobilenets_zoo.hub import publish
+from mobilenets_zoo.hub.publish import PublishError, build_folder
 
 ENTRY = pretrained.default_entry("mobilenetv1_w025_cifar100")
 REPO = f"mobilenets-zoo/{ENTRY.model}"

@@ -5,17 +5,15 @@ import time
 
 import latency
 import pytest
-import rewrite_choice
-import tables
 import timm
 import torch
 from conftest import with_random_masks
+from measuring.timing import MIN_ROUNDS, interleaved
+from report import latency_tables
 from rich.progress import Progress
-from timing import MIN_ROUNDS, interleaved
 from torch import nn
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.optimizing import COSTS, forms, hidden_layers
 
 
 def test_textbook_form_does_the_condensed_work():
@@ -59,7 +57,7 @@ def test_summary_takes_each_pass_on_its_own():
 
 
 def test_ratios_are_taken_within_a_pass():
-    reference = dict(zip(("model", "form"), tables.REFERENCE, strict=True))
+    reference = dict(zip(("model", "form"), latency_tables.REFERENCE, strict=True))
     fast = dict(model="fast", form="plain", threads=1)
     rows = [
         fast | dict(batch=1, passes=[1.0, 2.0, 1.0]),
@@ -69,11 +67,11 @@ def test_ratios_are_taken_within_a_pass():
     ]
     cells = [dict(threads=1, batches=batches) for batches in ((1,), (64,), (1, 64), (8,))]
     document = {"rows": rows}
-    assert tables.ratios(document, "fast", "plain", **cells[0]) == [2.0, 1.5, 2.0]
-    assert tables.ratio_rows(document, cells)[0] == ["fast", "plain", "2.00", "1.00", "1.00", "-"]
+    assert latency_tables.ratios(document, "fast", "plain", **cells[0]) == [2.0, 1.5, 2.0]
+    assert latency_tables.ratio_rows(document, cells)[0] == ["fast", "plain", "2.00", "1.00", "1.00", "-"]
     # The best batch is the best of each pass: 1.0, 3.0, 1.0 over 1.0, 1.0, 1.0.
-    assert tables.ratios(document, "fast", "plain", **cells[2]) == [1.0, 3.0, 1.0]
-    assert tables.ratios(document, "fast", "plain", **cells[3]) == []
+    assert latency_tables.ratios(document, "fast", "plain", **cells[2]) == [1.0, 3.0, 1.0]
+    assert latency_tables.ratios(document, "fast", "plain", **cells[3]) == []
 
 
 def test_run_writes_one_document(tmp_path, monkeypatch):
@@ -122,51 +120,6 @@ def test_eager_keeps_the_thread_count_it_promises():
         (threads, layout) for threads in latency.THREADS for layout in ("NCHW", "channels_last")
     }
     assert torch.get_num_threads() == latency.THREADS[0]
-
-
-def test_rewrite_choice_times_every_form_of_a_bottleneck(tmp_path):
-    pytest.importorskip("onnxscript")
-    torch.manual_seed(0)
-    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", width_mult=0.25))
-    block = mz.condense(model).eval().blocks[3][0]
-    layers = hidden_layers(block)
-    expected = list(forms(layers, rewrite_choice.input_channels(block)))
-    rows = rewrite_choice.measure(block, size=4, seconds=0.0, folder=tmp_path)
-    assert [row["form"] for row in rows] == [rewrite_choice.describe(form) for form in expected]
-    assert len(rows) > 3
-    assert all(row["us_1"] > 0 and row["us_2"] > 0 for row in rows)
-    assert all(row["work"].keys() == COSTS.keys() for row in rows)
-
-
-def test_rewrite_choice_sums_up():
-    times = {0: [(3, 10.0), (1, 12.0), (2, 20.0)], 1: [(1, 5.0), (2, 4.0)]}
-    idle = dict.fromkeys(COSTS, 0)
-    rows = [
-        dict(model="m", block=block, work=idle | {"gathers": gathers}, us_1=time, us_2=2.0 * time)
-        for block, forms in times.items()
-        for gathers, time in forms
-    ]
-    expected = {"chosen": 17.0, "fastest": 14.0, "as condensed": 15.0, "slowest": 25.0}
-    assert rewrite_choice.totals(rows, "m", 1) == expected
-    assert rewrite_choice.totals(rows, "m", 2) == {key: 2.0 * value for key, value in expected.items()}
-
-
-def test_rewrite_choice_finds_the_costs_behind_timings():
-    generator = torch.Generator().manual_seed(0)
-    costs = dict(zip(COSTS, (1.0, 2.0, 0.5, 3.0, 0.25, 4.0, 0.0, 0.125, 6.0, 1000.0), strict=True))
-    rows = []
-    for i in range(60):
-        amounts = torch.randint(1000, (len(COSTS),), generator=generator).tolist()
-        work = dict(zip(COSTS, amounts, strict=True)) | {"gathers": i % 3}
-        nanoseconds = sum(costs[key] * amount for key, amount in work.items())
-        # What all forms of a bottleneck share doesn't matter.
-        rows.append(dict(model="m", block=i // 4, work=work, us_2=nanoseconds / 1000.0 + 50.0 * (i // 4)))
-    assert rewrite_choice.fitted_costs(rows) == pytest.approx(costs, abs=1e-6)
-
-
-def test_costs_are_those_that_fit_the_timings():
-    result = latency.ROOT / "benchmarks" / "results" / "rewrite_choice.json"
-    assert rewrite_choice.fitted_costs(json.loads(result.read_text())["rows"]) == COSTS
 
 
 def test_random_weights_keep_their_biases_in_the_file(tmp_path, monkeypatch):

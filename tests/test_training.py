@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import figures
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,9 +25,11 @@ import torch
 import train
 from conftest import ROOT
 from PIL import Image
+from report import figures
 from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.holdout import held_out
 from training.recipe import Recipe, load_recipe
 from training.soft_labels import SoftLabels
 from training.student import Student, keep_strided_depthwise_in_float32, orthogonalize_in_float32
@@ -300,9 +301,11 @@ def test_holdout_is_fixed_balanced_and_disjoint(data):
     images = np.arange(10 * 60, dtype=np.uint16).view(np.uint8).reshape(600, 2)
     labels = np.repeat(np.arange(10), 60)
     everything = mz.data.ImageSet(images, labels, tuple("abcdefghij"))
-    kept, held = (everything.subset(mask) for mask in train.split_holdout(everything))
-    again = everything.subset(train.split_holdout(everything)[1])
-    assert np.bincount(held.labels).tolist() == [50] * 10
+    mask = held_out(labels, parts=10, seed=100)
+    kept, held = everything.subset(~mask), everything.subset(mask)
+    again = everything.subset(held_out(labels, parts=10, seed=100))
+    assert np.bincount(held.labels).tolist() == [6] * 10
+    assert held_out(labels, parts=100, seed=0).sum() == 10  # one of each class at least
     assert np.array_equal(held.images, again.images)
     ids = [set(map(tuple, part.images.tolist())) for part in (kept, held)]
     assert not ids[0] & ids[1]
@@ -418,7 +421,8 @@ def test_the_shipped_soft_labels_are_the_shipped_teachers(cifar100):
     assert labels.info["data_sha256"] == data.sha256()
     assert labels.views.shape == (50_000, 16)
     right = (labels.classes[:, :, 0].long() == torch.from_numpy(data.labels)[:, None]).float().mean(1)
-    trained, held = (100 * right[torch.from_numpy(mask)].mean().item() for mask in train.split_holdout(data))
+    mask = torch.from_numpy(held_out(data.labels, train.HOLDOUT_PARTS, train.HOLDOUT_SEED))
+    trained, held = (100 * right[part].mean().item() for part in (~mask, mask))
     assert (round(trained), round(held)) == (96, 83)  # as docs/training.md says
     images, draws = torch.arange(0, 50_000, 4_000), torch.arange(13)
     crops = crop_and_mirror(torch.from_numpy(data.images)[images], labels.views[images, draws], recipe.crop_padding)

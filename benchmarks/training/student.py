@@ -56,7 +56,7 @@ class Student:
         if self.capturable:
             arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
         self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
-        self.learned = {n: m for n, m in self.model.named_modules() if isinstance(m, mz.LearnedGroupConv2d)}
+        self.learned = mz.learned_layers(self.model)
         self.schedule = mz.CondenseSchedule(self.model) if self.learned else None
         # Loss and accuracy, summed on the device and read now and then.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)

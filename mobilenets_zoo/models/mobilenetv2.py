@@ -1,7 +1,7 @@
 """MobileNetV2 for 32x32 images, with dense, grouped or learned grouped 1x1 convolutions.
 
 Papers: MobileNetV2: Inverted Residuals and Linear Bottlenecks (https://arxiv.org/abs/1801.04381); learned group
-convolution from CondenseNet (https://arxiv.org/abs/1711.09224). The stem and the second row have stride 1: the
+convolution from CondenseNet (https://arxiv.org/abs/1711.09224). Strides are those of `BLOCKS`, and 1 in the stem: the
 network works at 32, 16 and 8 pixels. Unlike the ImageNet network, the first bottleneck has an expansion too, and a
 bottleneck of stride 1 that changes the width has a residual connection through a plain 1x1 convolution.
 """
@@ -13,7 +13,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, make_divisible
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from mobilenets_zoo.learned_group_conv import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 from mobilenets_zoo.models._base import ConvBn, MobileNetBase, cifar100_cfg
 from mobilenets_zoo.pretrained import build_model
 
@@ -46,8 +46,8 @@ class Bottleneck(nn.Module):
     Args:
         in_channels, out_channels: channels of the input and the output.
         stride: of the depthwise convolution.
-        expand_ratio: hidden channels per input channel (t).
-        expansion, projection: the modules' 1x1 convolutions, made by the network.
+        expansion, projection: the 1x1 convolutions, made by the network.
+        hidden_channels: outputs of the expansion.
         shuffle_groups: groups of the channel shuffles behind expansion and projection, 1 for none.
         shortcut: whether a block of stride 1 has a residual connection.
         drop_path: stochastic depth rate of the residual branch.

@@ -206,7 +206,14 @@ def test_group_lasso_sums_over_layers():
 def test_two_processes_learn_identical_masks():
     """Two gloo processes train on different data under DDP and prune; weights, masks and buffers must agree."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distributed_masks.py"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "distributed_masks.py",
+        ],
         cwd=ROOT / "tests",
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -4,7 +4,6 @@ A picture's SVG names the digest of what it shows and of this file; tables.py --
 matplotlib and doesn't depend on its version.
 """
 
-import csv
 import hashlib
 import io
 import json
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 
 import mobilenets_zoo as mz
+from report.files import ROOT, load_latency, load_result, read_log
+from report.model_tables import DEPLOYED, ORIGINAL_TOP1, default_weights, milliseconds
 
 __all__ = ["Figure", "all_figures"]
 
-ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "benchmarks" / "logs"
-LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
 
 LEARNED = "mobilenetv2_lgc_cifar100"  # whose masks are shown
 OURS, ORIGINAL, PEERS = "#1f6fb4", "#7f7f7f", "#d9742b"
@@ -122,9 +120,9 @@ def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
     ):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=what)
     frontier: list[tuple[float, float]] = []
-    for _, milliseconds, top1 in sorted((p for points in data.values() for p in points), key=lambda point: point[1]):
+    for _, time, top1 in sorted((p for points in data.values() for p in points), key=lambda point: point[1]):
         if not frontier or top1 > frontier[-1][1]:
-            frontier.append((milliseconds, top1))
+            frontier.append((time, top1))
     axes.step(*zip(*frontier, strict=True), where="post", color="#444444", linewidth=1, label="frontier")
     axes.set(xlabel="milliseconds per image, batch 1, 1 thread", ylabel="CIFAR-100 top-1 (%)", xlim=(0, None))
     axes.margins(x=0.08, y=0.08)
@@ -170,58 +168,48 @@ def draw_mask(figure: Any, data: Any) -> None:
     axes.set_xlabel("input channel")
 
 
-def latency_of(document: Any, model: str, form: str) -> float:
-    """Returns milliseconds per image in ONNX Runtime, fp32, one thread, batch 1."""
-    wanted = dict(model=model, form=form, runtime="onnxruntime", precision="fp32", threads=1, batch=1)
-    (row,) = (row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items()))
-    return row["ms"]
-
-
 def short(name: str) -> str:
     return name.removesuffix("_cifar100").removeprefix("mobilenet")
 
 
-def all_figures(original_top1: dict[str, float]) -> list[Figure]:
+def all_figures() -> list[Figure]:
     """Returns every picture that the files in the repository allow."""
-    defaults = {name: timm.get_pretrained_cfg(name).tag for name in timm.list_models("*_cifar100")}
-    weights = {entry.model: entry for entry in mz.manifest().values() if defaults[entry.model] == entry.tag}
-    costs = mz.profiling.deployed_profiles()
+    weights, latency, costs = default_weights(), load_latency(), mz.profiling.deployed_profiles()
     macs = {
         "published": PUBLISHED,
-        "original": [[name, costs[name].macs / 1e6, top1] for name, top1 in original_top1.items()],
+        "original": [[name, costs[name].macs / 1e6, top1] for name, top1 in ORIGINAL_TOP1.items()],
         "zoo": [[short(name), costs[name].macs / 1e6, entry.top1] for name, entry in weights.items()],
     }
-    figures = [Figure("accuracy_macs", macs, draw_accuracy_against_macs)]
-    if LATENCY.exists():
-        document = json.loads(LATENCY.read_text())
-        peer = latency_of(document, "CIFAR MobileNetV2, stem stride 1", "plain")
-        peer_top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
-        measured = {(row["model"], row["form"]) for row in document["rows"]}
-        forms = {name: "textbook" if (name, "textbook") in measured else "plain" for name in original_top1}
-        against = {
-            "original": [[n, latency_of(document, n, forms[n]), top1] for n, top1 in original_top1.items()],
-            "zoo": [
-                [short(n), latency_of(document, n, "optimized"), entry.top1]
-                for n, entry in weights.items()
-                if (n, "optimized") in measured
-            ],
-            "peers": [["MobileNetV2", peer, peer_top1]],
-        }
-        figures.append(Figure("accuracy_latency", against, draw_accuracy_against_latency))
+
+    def time_of(model: str, form: str) -> float | None:
+        return milliseconds(latency, model=model, **{**DEPLOYED, "form": form})
+
+    peer_top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
+    against = {
+        "original": [[n, time_of(n, "textbook") or time_of(n, "plain"), top1] for n, top1 in ORIGINAL_TOP1.items()],
+        "zoo": [[short(n), time_of(n, "optimized"), entry.top1] for n, entry in weights.items()],
+        "peers": [["MobileNetV2", time_of("CIFAR MobileNetV2, stem stride 1", "plain"), peer_top1]],
+    }
+    against = {what: [point for point in points if point[1] is not None] for what, points in against.items()}
 
     curves: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name, entry in weights.items():
-        parent = json.loads((ROOT / entry.result).read_text())["recipe"].get("init_from", "").partition(".")[0]
-        with open(LOGS / f"{Path(entry.result).stem}.csv", newline="") as file:
-            columns = ("epoch", "train_loss", "train_top1")
-            rows = [{key: float(row[key]) for key in columns} for row in csv.DictReader(file)]
-        curves.setdefault(f"from {short(parent)}" if parent else "from random weights", {})[short(name)] = rows
-    figures.append(Figure("training_curves", curves, draw_training_curves))
+        parent = load_result(entry.result)["recipe"].get("init_from", "").partition(".")[0]
+        start = f"from {short(parent)}" if parent else "from random weights"
+        if parent == name:
+            start = "from an earlier weight of the same network"
+        columns = ("epoch", "train_loss", "train_top1")
+        log = read_log(LOGS / f"{Path(entry.result).stem}.csv")
+        curves.setdefault(start, {})[short(name)] = [{key: float(row[key]) for key in columns} for row in log]
 
     stages = json.loads((LOGS / f"{LEARNED}.masks.json").read_text())
-    figures.append(Figure("hoyer_mobilenetv2_lgc", hoyer(stages), draw_hoyer))
-    figures.append(Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask))
-    return figures
+    return [
+        Figure("accuracy_macs", macs, draw_accuracy_against_macs),
+        Figure("accuracy_latency", against, draw_accuracy_against_latency),
+        Figure("training_curves", curves, draw_training_curves),
+        Figure("hoyer_mobilenetv2_lgc", hoyer(stages), draw_hoyer),
+        Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask),
+    ]
 
 
 def hoyer(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from huggingface_hub import HfApi
 from timm.models._hub import save_config_for_hf
 
 from mobilenets_zoo import pretrained
-from mobilenets_zoo.condensing import check_equivalent, learned_layers
 from mobilenets_zoo.files import atomic_write
-from mobilenets_zoo.model_card import model_card
+from mobilenets_zoo.hub.model_card import model_card
+from mobilenets_zoo.lgc.condense import check_equivalent, learned_layers
 from mobilenets_zoo.pretrained import HUB_FILENAME, WeightEntry, is_default
 
 __all__ = ["PublishError", "build_folder", "in_publishing_order", "publish", "write_config"]
@@ -65,7 +65,7 @@ def build_folder(entry: WeightEntry, folder: Path, namespace: str = DEFAULT_NAME
         write_config(reference, build / "config.json")
         card = model_card(entry, f"{namespace}/{entry.model}", result, epochs)
         (build / "README.md").write_text(str(card), encoding="utf-8")
-        _compare(build, reference)
+        _check_folder(build, reference)
         for path in build.iterdir():
             with atomic_write(folder / path.name) as file, open(path, "rb") as content:
                 shutil.copyfileobj(content, file)
@@ -147,7 +147,7 @@ def write_config(model: torch.nn.Module, path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _compare(folder: Path, reference: torch.nn.Module) -> None:
+def _check_folder(folder: Path, reference: torch.nn.Module) -> None:
     """Loads the folder as a user would, in every form that the model has, and compares logits."""
     forms: list[dict[str, bool]] = [{}]
     if learned_layers(reference):
@@ -181,7 +181,7 @@ def _explain(error: Exception, repo: str) -> str:
 
 def _training_record(entry: WeightEntry) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Returns the result file and the log's rows; they are in the project, not in the installed package."""
-    for root in (Path(__file__).parent.parent, Path.cwd()):
+    for root in (Path(__file__).parents[2], Path.cwd()):
         result, log = root / entry.result, root / "benchmarks" / "logs" / f"{Path(entry.result).stem}.csv"
         if result.is_file() and log.is_file():
             with open(log, newline="", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.learned_group_conv import condense_weight, expand_weight
+from mobilenets_zoo.lgc.layers import condense_weight, expand_weight
 
 settings.register_profile("zoo", deadline=None, max_examples=40)
 settings.load_profile("zoo")

@@ -1,68 +1,18 @@
-"""The convolution of a network rewritten for inference: its parameters, its module, and its fast path on processors."""
+"""The convolution of a network rewritten for inference, and its fast path on processors, in oneDNN."""
 
 import functools
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mobilenets_zoo.learned_group_conv import gather_channels_last
+from mobilenets_zoo.inference.rewrites import Convolution, spread_over_inputs
+from mobilenets_zoo.lgc.gather import gather_channels_last, gather_pays
 
-__all__ = ["Convolution", "FoldedConv2d", "merge_groups", "spread_over_inputs"]
-
-# A gather in front of oneDNN's channels_last kernels pays where it saves so many multiply-adds per gathered value, else
-# zeros in a dense weight cost less. Chosen between the break-even points of one thread and of two (AVX-512).
-GATHER_MIN_SAVED_MACS = 128
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution with its BatchNorm folded in.
-
-    Attributes:
-        weight: (out_channels, inputs per group, kernel, kernel).
-        bias: (out_channels,).
-        groups: number of groups.
-        stride: along both axes.
-        index: input channels to gather first, int64, or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    groups: int = 1
-    stride: int = 1
-    index: Optional[torch.Tensor] = None
-
-
-def merge_groups(convolution: Convolution, merge: int) -> Convolution:
-    """Makes one group of every `merge` neighbouring ones; zeros fill what a group didn't read.
-
-    More multiply-adds, but groups that are too narrow for the registers cost more than the zeros do.
-    """
-    weight, groups = convolution.weight, convolution.groups
-    outputs, inputs = len(weight) // groups, weight.shape[1]
-    merged = weight.new_zeros(groups // merge, merge, outputs, merge, inputs, *weight.shape[2:])
-    blocks = weight.reshape(groups // merge, merge, outputs, inputs, *weight.shape[2:])
-    for i in range(merge):
-        merged[:, i, :, i] = blocks[:, i]
-    return replace(
-        convolution, weight=merged.reshape(len(weight), merge * inputs, *weight.shape[2:]), groups=groups // merge
-    )
-
-
-def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolution:
-    """Returns a dense convolution without a gather; zeros stand where a group doesn't read an input."""
-    weight, index, groups = convolution.weight, convolution.index, convolution.groups
-    assert weight.shape[2:] == (1, 1)
-    if index is None:
-        return merge_groups(convolution, groups)
-    columns = index.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
-    # Added, not written: a channel shuffle may have made a group read an input more than once.
-    dense = weight.new_zeros(len(weight), in_channels).scatter_add_(1, columns, weight.flatten(1))
-    return replace(convolution, weight=dense[:, :, None, None], groups=1, index=None)
+__all__ = ["FoldedConv2d"]
 
 
 @dataclass(frozen=True)
@@ -143,11 +93,10 @@ class FoldedConv2d(nn.Module):
         convolution = Convolution(self.weight.detach(), self.bias, self.groups, self.stride, self.index)
         size = list(x.shape)
         if self.index is not None:
-            inputs = self.weight.shape[1]
-            if len(self.weight) * (x.shape[1] - inputs) < GATHER_MIN_SAVED_MACS * len(self.index):
-                convolution = spread_over_inputs(convolution, x.shape[1])
-            else:
+            if gather_pays(len(self.weight), x.shape[1], self.groups, self.weight.shape[1]):
                 size[1] = len(self.index)
+            else:
+                convolution = spread_over_inputs(convolution, x.shape[1])
         geometry = ([self.padding] * 2, [self.stride] * 2, [1, 1], convolution.groups)
         weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight, *geometry, size)
         return weight, convolution.groups, convolution.index

@@ -1,6 +1,6 @@
 """Times condensed 1x1 layers against dense ones in eager PyTorch, per memory layout.
 
-    python benchmarks/condensed_layer.py [--out benchmarks/results/condensed_layer.json]
+    python benchmarks/layer_latency.py [--out benchmarks/results/layer_latency.json]
 
 Each shape is a layer of mobilenetv2_lgc_cifar100 with a random finished mask. The forms of one shape run in turns, in
 changing order, so that drift of the machine's speed and the caches' content hit all of them alike; the medians' ratios
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import timm
 import torch
-from environment import environment
-from timing import interleaved
+from measuring.environment import environment
+from measuring.timing import interleaved
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,9 +49,8 @@ def textbook(layer: mz.CondensedConv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def finish_masks(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, mz.LearnedGroupConv2d):
-            module.prune_(module.in_channels // module.condense_factor)
+    for layer in mz.learned_layers(model).values():
+        layer.prune_(layer.in_channels // layer.condense_factor)
     return model.eval()
 
 

@@ -9,8 +9,8 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from mobilenets_zoo.condensing import condense, learned_layers
-from mobilenets_zoo.learned_group_conv import LearnedGroupConv2d
+from mobilenets_zoo.lgc.condense import condense, learned_layers
+from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
 from mobilenets_zoo.profiling import Profile, profile
 
 __all__ = ["ConversionReport", "to_learned_group_conv"]

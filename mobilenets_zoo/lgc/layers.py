@@ -14,10 +14,56 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mobilenets_zoo.lgc.gather import condensed_conv2d
+
 __all__ = ["CondensedConv2d", "LearnedGroupConv2d", "condense_weight", "expand_weight"]
 
 
-class LearnedGroupConv2d(nn.Module):
+class _GroupConv2d(nn.Module):
+    """What the masked and the condensed layer share: sizes, weight and bias.
+
+    Args: as for `LearnedGroupConv2d`, and
+        inputs: input channels that a row of the weight holds.
+        fan_out: outputs that read one input, for the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        condense_factor: int,
+        device,
+        dtype,
+        stride: int,
+        bias: bool,
+        inputs: int,
+        fan_out: int,
+    ):
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.groups = groups
+        self.condense_factor = condense_factor
+        self.stride = stride
+        self.fan_out = fan_out
+        self.weight = nn.Parameter(torch.empty(out_channels, inputs, 1, 1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He initialisation by fan-out, zero bias. Leaves mask and index alone."""
+        nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 / self.fan_out))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
+        text += f", stride={self.stride}" if self.stride > 1 else ""
+        return text if self.bias is None else text + ", bias=True"
+
+
+class LearnedGroupConv2d(_GroupConv2d):
     """A 1x1 convolution in which each group of outputs learns which inputs it reads.
 
     The weight stays dense and is multiplied by the mask in `forward`; the mask changes in `prune_` alone.
@@ -51,29 +97,11 @@ class LearnedGroupConv2d(nn.Module):
         stride: int = 1,
         bias: bool = False,
     ):
-        super().__init__()
         _check_channels(in_channels, out_channels, groups, condense_factor)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.groups = groups
-        self.condense_factor = condense_factor
-        self.stride = stride
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
+        sizes = (in_channels, out_channels, groups, condense_factor)
+        super().__init__(*sizes, device, dtype, stride, bias, inputs=in_channels, fan_out=out_channels)
         self.register_buffer("mask", torch.ones(groups, in_channels, device=device, dtype=torch.bool))
         self.mask: torch.Tensor
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """He initialisation by fan-out, zero bias. Leaves the mask alone."""
-        nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 / self.out_channels))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
-        text += f", stride={self.stride}" if self.stride > 1 else ""
-        return text if self.bias is None else text + ", bias=True"
 
     def masked_weight(self) -> torch.Tensor:
         """Returns the weight, (out_channels, in_channels, 1, 1), with zeros where a group reads no input."""
@@ -166,7 +194,7 @@ class LearnedGroupConv2d(nn.Module):
     fuse = condense  # the name that timm.utils.reparameterize_model looks for
 
 
-class CondensedConv2d(nn.Module):
+class CondensedConv2d(_GroupConv2d):
     """The deployed form of `LearnedGroupConv2d`: a channel gather and a standard grouped 1x1 convolution.
 
     Args: as for `LearnedGroupConv2d`.
@@ -192,31 +220,13 @@ class CondensedConv2d(nn.Module):
         stride: int = 1,
         bias: bool = False,
     ):
-        super().__init__()
         _check_channels(in_channels, out_channels, groups, condense_factor)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.groups = groups
-        self.condense_factor = condense_factor
-        self.stride = stride
-        inputs_per_group = in_channels // condense_factor
-        self.weight = nn.Parameter(torch.empty(out_channels, inputs_per_group, 1, 1, device=device, dtype=dtype))
+        inputs, fan_out = in_channels // condense_factor, out_channels // groups
+        sizes = (in_channels, out_channels, groups, condense_factor)
+        super().__init__(*sizes, device, dtype, stride, bias, inputs=inputs, fan_out=fan_out)
         # Until a checkpoint says otherwise, the groups take turns at consecutive inputs.
-        self.register_buffer("index", torch.arange(groups * inputs_per_group, device=device) % in_channels)
+        self.register_buffer("index", torch.arange(groups * inputs, device=device) % in_channels)
         self.index: torch.Tensor
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """He initialisation by fan-out within a group, zero bias. Leaves the index alone."""
-        nn.init.normal_(self.weight, 0.0, math.sqrt(2.0 * self.groups / self.out_channels))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
-        text += f", stride={self.stride}" if self.stride > 1 else ""
-        return text if self.bias is None else text + ", bias=True"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
@@ -234,59 +244,6 @@ class CondensedConv2d(nn.Module):
                 errors.append(f"{prefix}index: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-
-def condensed_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    index: torch.Tensor,
-    groups: int,
-    gather_min_outputs: int = 96,
-    gather_min_inputs: int = 16,
-) -> torch.Tensor:
-    """Gathers channels and applies a grouped 1x1 convolution, in the form that is fastest for x's memory layout.
-
-    Args:
-        x: (N, in_channels, H, W) or (in_channels, H, W).
-        weight: (out_channels, K, 1, 1).
-        index: (groups * K,), int64; a group may name an input more than once.
-        groups: G.
-        gather_min_outputs, gather_min_inputs: in channels_last, gather where the layer has that many outputs, and
-            inputs per group; else spread the weight over all inputs.
-
-    Compilers and exporters see the textbook form, a gather and a grouped convolution, and optimise that themselves.
-    Eager forms were chosen with benchmarks/condensed_layer.py.
-    """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops a branch only where this stands alone
-        if torch.compiler.is_compiling():
-            return F.conv2d(x.index_select(-3, index), weight, groups=groups)
-    inputs_per_group, height, width = weight.shape[1], x.shape[-2], x.shape[-1]
-
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        gathered = x.index_select(-3, index).reshape(-1, groups, inputs_per_group, height * width)
-        out = torch.matmul(weight.reshape(groups, -1, inputs_per_group), gathered)
-        return out.unflatten(-1, (height, width)).reshape(x.shape[:-3] + weight.shape[:1] + x.shape[-2:])
-
-    # A gather across the innermost axis moves single values: it pays where enough outputs share each of them.
-    if x.is_cpu and weight.shape[0] >= gather_min_outputs and inputs_per_group >= gather_min_inputs:
-        return F.conv2d(gather_channels_last(x, index), weight, groups=groups)
-    columns = index.reshape(groups, 1, inputs_per_group).expand(-1, weight.shape[0] // groups, -1)
-    grouped = weight.reshape(groups, -1, inputs_per_group)
-    # Added up, because a group may name an input twice after rewrites for inference.
-    dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter_add_(2, columns, grouped)
-    return F.conv2d(x, dense.reshape(-1, x.shape[1], 1, 1))
-
-
-def gather_channels_last(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Returns the channels `index` of x, (N, in_channels, H, W), both in channels_last layout."""
-    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-    # torch.gather uses all threads here, index_select only one.
-    gathered = pixels.gather(1, index.expand(pixels.shape[0], -1))
-    return gathered.reshape(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
-
-
-# The layout decides which form runs, and a traced tensor has none: keep the function whole in torch.fx graphs.
-torch.fx.wrap("condensed_conv2d")
 
 
 def condense_weight(

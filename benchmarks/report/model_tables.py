@@ -1,0 +1,184 @@
+"""Tables and sentences on the models and their weights."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import timm
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.cli import FAST_MS
+from report.files import load_latency, load_result, markdown
+
+__all__ = [
+    "DEPLOYED",
+    "ORIGINAL_TOP1",
+    "default_weights",
+    "family_table",
+    "flagship",
+    "milliseconds",
+    "models_table",
+    "profiles",
+    "state",
+    "weights_table",
+]
+
+# CIFAR-100 top-1 that the original reports for the same parameters and MACs (docs/design.md names the source).
+ORIGINAL_TOP1 = {
+    "mobilenetv1_cifar100": 77.10,
+    "mobilenetv1_w050_cifar100": 75.30,
+    "mobilenetv1_w025_cifar100": 72.58,
+    "mobilenetv2_cifar100": 77.40,
+    "mobilenetv2_t4_cifar100": 76.81,
+    "mobilenetv2_t1_cifar100": 74.32,
+    "mobilenetv2_lgc_cifar100": 76.30,
+    "mobilenetv2_lgc_proj_cifar100": 77.20,
+    "mobilenetv2_gc_lgc_cifar100": 76.60,
+    "mobilenetv2_lgc_exp_cifar100": 76.50,
+    "mobilenetv2_lgc_gc_cifar100": 76.20,
+    "mobilenetv2_gc_cifar100": 75.50,
+    "mobilenetv2_gc_exp_cifar100": 75.90,
+    "mobilenetv2_gc_proj_cifar100": 76.60,
+}
+
+
+# How the tables time a model.
+DEPLOYED: dict[str, Any] = dict(form="optimized", runtime="onnxruntime", precision="fp32", threads=1, batch=1)
+
+
+def profiles() -> dict[str, mz.Profile]:
+    """Returns the deployed cost of every model, measured on the models themselves."""
+    result = {}
+    for name in sorted(timm.list_models("*_cifar100")):
+        model = timm.create_model(name)
+        if mz.learned_layers(model):
+            model = timm.create_model(name, condensed=True)
+        result[name] = mz.profile(model)
+    return result
+
+
+def milliseconds(document: dict[str, Any], **wanted: Any) -> float | None:
+    rows = [row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items())]
+    return rows[0]["ms"] if rows else None
+
+
+def default_weights() -> dict[str, mz.pretrained.WeightEntry]:
+    """Returns the weight that each model loads by default."""
+    defaults = {name: timm.get_pretrained_cfg(name).tag for name in timm.list_models("*_cifar100")}
+    return {entry.model: entry for entry in mz.manifest().values() if defaults[entry.model] == entry.tag}
+
+
+def models_table(costs: dict[str, mz.Profile]) -> str:
+    weights = default_weights()
+    latency = load_latency()
+    rows = []
+    for name, cost in sorted(costs.items(), key=lambda item: (item[0].split("_")[0], -item[1].macs, item[0])):
+        entry = weights.get(name)
+        top1, tag = (f"{entry.top1:.2f}", f"`{entry.tag}`") if entry else ("-", "not trained yet")
+        time = milliseconds(latency, model=name, **DEPLOYED)
+        row = [f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", f"{time:.2f}" if time else "-"]
+        original = f"{ORIGINAL_TOP1[name]:.2f}" if name in ORIGINAL_TOP1 else "-"
+        rows.append([*row, top1, original, tag])
+    return markdown(["model", "params (M)", "MACs (M)", "ms", "top-1 (%)", "original (%)", "weights"], rows)
+
+
+def flagship() -> str:
+    """Returns the README's sentence on the best network that answers in under 10 ms."""
+    latency = load_latency()
+    times = {name: milliseconds(latency, model=name, **DEPLOYED) or 0.0 for name in ORIGINAL_TOP1}
+    best = max((e for e in default_weights().values() if times[e.model] < FAST_MS), key=lambda entry: entry.top1)
+    others = sum(entry.taught_by is not None for entry in mz.manifest().values()) - 1
+    alone = [f"`{entry.name}`" for entry in mz.manifest().values() if not entry.taught_by]
+    result = load_result(best.result)
+    return wrapped(
+        f"`{best.model}` has **{best.top1:.2f} % top-1** with {best.params / 1e6:.2f} M parameters in "
+        f"{times[best.model]:.1f} ms an image (the architecture's source reports {ORIGINAL_TOP1[best.model]:.2f} %), "
+        f"after {result['recipe']['epochs']} epochs on one {result['training']['device']}. It and {others} other "
+        "weights were taught by an EfficientNet-Lite2 that was pretrained on ImageNet-1k and fine-tuned here "
+        f"([how](docs/training.md)); {' and '.join(alone)} learned from CIFAR-100's labels alone."
+    )
+
+
+def state() -> str:
+    """Returns the README's paragraph on how the weights compare with the original's."""
+    weights = {name: entry for name, entry in default_weights().items() if name in ORIGINAL_TOP1}
+    gaps = {name: entry.top1 - ORIGINAL_TOP1[name] for name, entry in weights.items()}
+    above = [f"`{name}` ({gap:+.2f})" for name, gap in sorted(gaps.items(), key=lambda item: -item[1]) if gap >= 0]
+    below = {name: -gap for name, gap in gaps.items() if gap < 0}
+    text = f"**The state of the weights.** {', '.join(above) or 'None'} of {len(gaps)} reach the original's accuracy"
+    if below:
+        epochs = [load_result(weights[name].result)["recipe"]["epochs"] for name in below]
+        text += f"; the others are {min(below.values()):.1f} to {max(below.values()):.1f} points below it. Theirs were "
+        text += f"short runs of {min(epochs)} to {max(epochs)} epochs, where the original took 400"
+    return wrapped(f"{text}.")
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def weights_table() -> str:
+    rows = []
+    for entry in mz.manifest().values():
+        result = load_result(entry.result)
+        scores, training = result["evaluation"], result["training"]
+        log = f"benchmarks/logs/{Path(entry.result).stem}.csv"
+        files = {"recipe": entry.recipe, "log": log, "result": entry.result}
+        together = training.get("together", 1)
+        shared = f" for {together} together" if together > 1 else ""
+        rows.append(
+            [
+                f"`{entry.name}`",
+                f"{scores['top1']:.2f}",
+                f"{scores['top5']:.2f}",
+                f"{scores['loss']:.3f}",
+                f"{scores['ece']:.1f}",
+                ", ".join(f"[{label}](../{path})" for label, path in files.items()),
+                str(result["recipe"]["epochs"]),
+                f"{result['training_seconds'] / 60:.1f}{shared}",
+                training["device"],
+                entry.taught_by.partition(".")[0] if entry.taught_by else "the labels alone",
+            ]
+        )
+    header = [
+        "weight",
+        "top-1 (%)",
+        "top-5 (%)",
+        "loss",
+        "ECE (%)",
+        "files",
+        "epochs",
+        "minutes",
+        "trained on",
+        "taught by",
+    ]
+    return markdown(header, rows)
+
+
+# What a group is worth: the dense parent, and the networks that started from it with one recipe.
+FAMILY = (
+    *("mobilenetv2_cifar100", "mobilenetv2_lgc_cifar100", "mobilenetv2_gc_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"),
+    *("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_proj_cifar100", "mobilenetv2_gc_proj_cifar100"),
+    *("mobilenetv2_lgc_exp_cifar100", "mobilenetv2_gc_exp_cifar100", "mobilenetv2_t4_cifar100"),
+)
+
+
+def family_table(costs: dict[str, mz.Profile]) -> str:
+    weights, latency = default_weights(), load_latency()
+    rows = []
+    for name in FAMILY:
+        entry, cost = weights[name], costs[name]
+        result = load_result(entry.result)
+        parent = result["recipe"]["init_from"].partition(".")[0]
+        start = (
+            f"`{parent}`, then {result['recipe']['epochs']} epochs"
+            if parent
+            else f"{result['recipe']['epochs']} epochs"
+        )
+        sizes = [
+            f"{cost.params / 1e6:.3f}",
+            f"{cost.macs / 1e6:.1f}",
+            f"{milliseconds(latency, model=name, **DEPLOYED):.2f}",
+        ]
+        rows.append([f"`{name}`", *sizes, f"{result['training_loss']:.3f}", f"{entry.top1:.2f}", start])
+    return markdown(["model", "params (M)", "MACs (M)", "ms", "training loss", "top-1 (%)", "training"], rows)

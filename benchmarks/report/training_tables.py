@@ -1,0 +1,73 @@
+"""Tables on how the weights were trained: teacher, tuning, the trainer's speed, fine-tuning."""
+
+from training.recipe import load_recipe
+
+from report.files import RESULTS, ROOT, load_result, markdown, read_log
+
+__all__ = ["finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
+
+
+def teacher_table() -> str:
+    rows = [
+        [
+            row["epoch"],
+            row["size"],
+            f"{float(row['train_top1']):.1f}",
+            f"{float(row['holdout_top1']):.2f}",
+            f"{float(row['seconds']):.1f}",
+        ]
+        for row in read_log(ROOT / "benchmarks" / "teacher" / "log.csv")
+    ]
+    device = load_result("benchmarks/teacher/run.json")["device"]
+    header = ["epoch", "pixels", "training top-1 (%)", "held-out top-1 (%)", "seconds"]
+    return f"{markdown(header, rows)}\n\nOn one {device}; training top-1 is of batches half of which CutMix has mixed."
+
+
+def tuning_table() -> str:
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "recipes" / "tuning").glob("*.toml")):
+        recipe = load_recipe(path)
+        log = read_log(ROOT / "benchmarks" / "logs" / "tuning" / f"{path.stem}.csv")
+        last = [f"{float(log[-1][key]):.2f}" for key in ("train_top1", "holdout_top1")]
+        rows.append([f"`{recipe.model}`", f"{recipe.lr:g}", str(recipe.batch_size), str(len(log)), *last])
+    return markdown(["model", "Muon's lr", "batch", "epochs", "training top-1 (%)", "held-out top-1 (%)"], rows)
+
+
+def train_speed_table() -> str:
+    document = load_result(RESULTS / "train_speed.json")
+    rows = [
+        [
+            f"`{row['model']}`",
+            row["way"],
+            f"{row['images_per_second']:.0f}",
+            f"{row['images_per_second'] / 2:.0f}",
+            f"{100 * row['outside']:.1f}",
+        ]
+        for row in document["rows"]
+    ]
+    env = document["environment"]
+    header = ["model", "way", "images/s", "per core", "outside network and optimiser (%)"]
+    source = f"On two cores of an {env['device']}, torch {env['torch']}, {document['precision']}, batch "
+    source += f"{document['batch_size']}, {document['optimizer']}, medians of {document['turns']} turns."
+    return f"{markdown(header, rows)}\n\n{source}"
+
+
+def finetune_table() -> str:
+    document = load_result(RESULTS / "finetune.json")
+    groups: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    for row in document["rows"]:
+        cell = groups.setdefault((row["model"], row["data"], row["epochs"]), {})
+        cell.setdefault(row["method"], []).append(row["evaluation"]["top1"])
+    methods = list(dict.fromkeys(row["method"] for row in document["rows"]))
+    tags = {row["model"]: row["start"] for row in document["rows"] if row["start"] != "scratch"}
+    rows = [
+        [f"`{model}.{tags[model]}`", data, str(epochs), *(_mean_and_range(cell[method]) for method in methods)]
+        for (model, data, epochs), cell in groups.items()
+    ]
+    env, seeds = document["environment"], len({row["seed"] for row in document["rows"]})
+    source = f"Test top-1 in %, mean of {seeds} seeds (lowest to highest), last epoch, on {env['device']}."
+    return f"{markdown(['model', 'data', 'epochs', *methods], rows)}\n\n{source}"
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"

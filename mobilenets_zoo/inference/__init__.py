@@ -1,0 +1,1 @@
+"""Networks for inference: exact rewrites, their fast path in PyTorch, ONNX files."""

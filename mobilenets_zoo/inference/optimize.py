@@ -1,0 +1,134 @@
+"""Networks rewritten for inference: equal outputs, less time."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Optional
+
+import torch
+from torch import nn
+
+from mobilenets_zoo.inference.folded_conv import FoldedConv2d
+from mobilenets_zoo.inference.rewrites import (
+    Convolution,
+    fill_registers,
+    fold_batchnorm,
+    hidden_layers,
+    remove_dead_hidden,
+    spread_over_inputs,
+)
+from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent, condense, learned_layers
+from mobilenets_zoo.lgc.layers import CondensedConv2d
+from mobilenets_zoo.models._base import ConvBn, MobileNetBase
+from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
+
+__all__ = ["OptimizedNetwork", "optimize_for_inference"]
+
+
+class OptimizedBlock(nn.Module):
+    """A sequence of folded convolutions with an optional shortcut around it."""
+
+    def __init__(self, layers: list[nn.Module], shortcut: Optional[nn.Module]):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers(x)
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+
+class OptimizedNetwork(nn.Module):
+    """A zoo network rewritten for inference; made by `optimize_for_inference`. It can't be trained."""
+
+    def __init__(self, stem: nn.Module, blocks: nn.Sequential, head_conv: nn.Module, model: MobileNetBase):
+        super().__init__()
+        self.stem, self.blocks, self.head_conv = stem, blocks, head_conv
+        self.global_pool, self.classifier = copy.deepcopy(model.global_pool), copy.deepcopy(model.classifier)
+        self.num_classes, self.in_chans = model.num_classes, model.in_chans
+        self.pretrained_cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "OptimizedNetwork":
+        """Stays in eval mode.
+
+        Raises:
+            RuntimeError: `mode` is True.
+        """
+        if mode:
+            raise RuntimeError("an optimized network is for inference; train the model that it was made from")
+        return super().train(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps images (N, in_chans, H, W) to logits (N, num_classes)."""
+        x = self.head_conv(self.blocks(self.stem(x)))
+        return self.classifier(self.global_pool(x))
+
+
+@torch.no_grad()
+def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> OptimizedNetwork:
+    """Returns a new, eval-only network with equal outputs that runs faster.
+
+    Learned group convolutions are condensed, BatchNorm is folded, groups too narrow for fast kernels are merged or
+    spread over all inputs, and hidden channels that nothing reads are removed (`rewrites.py`). `model` stays as it
+    was.
+
+    Args:
+        model: a network of the zoo, masked or condensed.
+        dense: spread every group over all inputs, so that neither gathers nor grouped 1x1 convolutions are left and
+            only the removal of hidden channels saves work: what int8 kernels run fastest.
+
+    Raises:
+        TypeError: not a network of the zoo.
+        ValueError: a mask isn't finished, or the outputs differ by more than 1e-4 (float32) or 1e-11 (float64) of
+            their scale.
+    """
+    if not isinstance(model, MobileNetBase):
+        raise TypeError(f"{type(model).__name__} is not a network of the zoo; mz.condense works on any model")
+    source = condense(model) if learned_layers(model) else copy.deepcopy(model)
+    source.eval()
+    assert isinstance(source, MobileNetBase)
+    assert isinstance(source.stem, ConvBn)
+    stem = _folded(source.stem)
+    blocks = nn.Sequential()
+    for block in (block for row in source.blocks for block in row):  # type: ignore[attr-defined]
+        blocks.append(_optimize_block(block, spread_over_inputs if dense else fill_registers))
+    head_conv = _folded(source.head_conv) if isinstance(source.head_conv, ConvBn) else nn.Identity()
+    network = OptimizedNetwork(stem, blocks, head_conv, source)
+
+    weight = network.stem.get_parameter("weight")
+    if weight.dtype in (torch.float64, torch.float32) and not weight.is_meta:
+        generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
+        images = torch.randn(2, source.in_chans, 32, 32, generator=generator).to(weight)
+        check_equivalent(source, network, images, tolerance=REWRITTEN * TOLERANCES[weight.dtype])
+    return network
+
+
+def _folded(layer: ConvBn) -> FoldedConv2d:
+    return FoldedConv2d(fold_batchnorm(layer), isinstance(layer.bn.act, nn.ReLU6))
+
+
+def _optimize_block(block: nn.Module, fit: Callable[[Convolution, int], Convolution]) -> OptimizedBlock:
+    """Rewrites a block; `fit` gives a 1x1 convolution its form."""
+    if isinstance(block, DepthwiseSeparableBlock):
+        return OptimizedBlock([_folded(block.depthwise), _folded(block.pointwise)], None)
+    assert isinstance(block, Bottleneck)
+    conv = block.expansion.conv
+    assert isinstance(conv, nn.Conv2d | CondensedConv2d)
+    layers = hidden_layers(block)
+    layers = remove_dead_hidden(replace(layers, expansion=fit(layers.expansion, conv.in_channels)))
+    parts: list[nn.Module] = [
+        FoldedConv2d(layers.expansion, act=True),
+        FoldedConv2d(layers.depthwise, act=True),
+        FoldedConv2d(fit(layers.projection, len(layers.expansion.weight)), act=False),
+    ]
+    if isinstance(block.shuffle_out, ChannelShuffle):
+        parts.append(copy.deepcopy(block.shuffle_out))
+    shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None
+    if isinstance(block.shortcut, nn.Conv2d | CondensedConv2d):  # condensed where to_learned_group_conv made it
+        weight = block.shortcut.weight.detach()
+        index = block.shortcut.index if isinstance(block.shortcut, CondensedConv2d) else None
+        convolution = Convolution(weight, weight.new_zeros(len(weight)), groups=block.shortcut.groups, index=index)
+        shortcut = FoldedConv2d(convolution, act=False)
+    return OptimizedBlock(parts, shortcut)

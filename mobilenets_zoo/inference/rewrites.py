@@ -1,0 +1,176 @@
+"""Exact rewrites of a bottleneck for inference: functions on its three convolutions.
+
+`optimize.py` puts them in order: BatchNorm is folded, a channel shuffle becomes the order in which the projection
+reads, groups fill registers, and hidden channels that nothing reads go.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+from torch import nn
+
+from mobilenets_zoo.lgc.gather import ONNX_MIN_SAVED, gather_pays
+from mobilenets_zoo.lgc.layers import CondensedConv2d
+from mobilenets_zoo.models._base import ConvBn
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
+
+__all__ = [
+    "Convolution",
+    "HiddenLayers",
+    "absorb_shuffle",
+    "fill_registers",
+    "fold_batchnorm",
+    "hidden_layers",
+    "merge_groups",
+    "remove_dead_hidden",
+    "spread_over_inputs",
+]
+
+# float32 values in a 512-bit register: kernels for blocked layouts work on so many channels at once.
+SIMD_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with its BatchNorm folded in.
+
+    Attributes:
+        weight: (out_channels, inputs per group, kernel, kernel).
+        bias: (out_channels,).
+        groups: number of groups.
+        stride: along both axes.
+        index: input channels to gather first, int64, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    groups: int = 1
+    stride: int = 1
+    index: Optional[torch.Tensor] = None
+
+
+def merge_groups(convolution: Convolution, merge: int) -> Convolution:
+    """Makes one group of every `merge` neighbouring ones; zeros fill what a group didn't read.
+
+    More multiply-adds, but groups that are too narrow for the registers cost more than the zeros do.
+    """
+    weight, groups = convolution.weight, convolution.groups
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    merged = weight.new_zeros(groups // merge, merge, outputs, merge, inputs, *weight.shape[2:])
+    blocks = weight.reshape(groups // merge, merge, outputs, inputs, *weight.shape[2:])
+    for i in range(merge):
+        merged[:, i, :, i] = blocks[:, i]
+    return replace(
+        convolution, weight=merged.reshape(len(weight), merge * inputs, *weight.shape[2:]), groups=groups // merge
+    )
+
+
+def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolution:
+    """Returns a dense convolution without a gather; zeros stand where a group doesn't read an input."""
+    weight, index, groups = convolution.weight, convolution.index, convolution.groups
+    assert weight.shape[2:] == (1, 1)
+    if index is None:
+        return merge_groups(convolution, groups)
+    columns = index.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
+    # Added, not written: a channel shuffle may have made a group read an input more than once.
+    dense = weight.new_zeros(len(weight), in_channels).scatter_add_(1, columns, weight.flatten(1))
+    return replace(convolution, weight=dense[:, :, None, None], groups=1, index=None)
+
+
+@dataclass(frozen=True)
+class HiddenLayers:
+    """The three convolutions of a bottleneck; the expansion's outputs are the hidden channels."""
+
+    expansion: Convolution
+    depthwise: Convolution
+    projection: Convolution
+
+
+def fold_batchnorm(layer: ConvBn) -> Convolution:
+    """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias."""
+    conv, bn = layer.conv, layer.bn
+    assert isinstance(conv, nn.Conv2d | CondensedConv2d)
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return Convolution(
+        weight=(conv.weight * scale[:, None, None, None]).detach(),
+        bias=(bn.bias - bn.running_mean * scale).detach(),
+        groups=conv.groups,
+        stride=conv.stride[0] if isinstance(conv, nn.Conv2d) else 1,
+        index=conv.index if isinstance(conv, CondensedConv2d) else None,
+    )
+
+
+def absorb_shuffle(layers: HiddenLayers, shuffle_groups: int) -> HiddenLayers:
+    """Turns a channel shuffle of the hidden channels into the order in which the projection reads them."""
+    hidden = len(layers.expansion.weight)
+    read = torch.arange(hidden, device=layers.expansion.weight.device).reshape(shuffle_groups, -1).t().flatten()
+    # The depthwise layer ran behind the shuffle and now runs in front of it.
+    weight, bias = (
+        torch.empty_like(t).index_copy_(0, read, t) for t in (layers.depthwise.weight, layers.depthwise.bias)
+    )
+    return HiddenLayers(
+        layers.expansion,
+        replace(layers.depthwise, weight=weight, bias=bias),
+        replace(layers.projection, index=read),
+    )
+
+
+def hidden_layers(block: Bottleneck) -> HiddenLayers:
+    """Returns a condensed bottleneck's convolutions with BatchNorm folded in and no shuffle between them."""
+    layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
+    if isinstance(block.shuffle_hidden, ChannelShuffle):
+        layers = absorb_shuffle(layers, block.shuffle_hidden.groups)
+    return layers
+
+
+def fill_registers(convolution: Convolution, in_channels: int) -> Convolution:
+    """Returns the form of a 1x1 convolution whose groups are wide enough for fast kernels.
+
+    Neighbouring groups are merged until each has at least `SIMD_CHANNELS` inputs and outputs. Where that leaves one
+    group, or a gather that doesn't pay, the convolution is spread over all inputs.
+    """
+    outputs, inputs, groups = len(convolution.weight), convolution.weight.shape[1], convolution.groups
+    for merge in (merge for merge in range(1, groups) if groups % merge == 0):
+        if merge * min(inputs, outputs // groups) < SIMD_CHANNELS:
+            continue
+        size = (groups // merge, merge * inputs)
+        if convolution.index is None or gather_pays(outputs, in_channels, *size, ONNX_MIN_SAVED):
+            return merge_groups(convolution, merge)
+    return spread_over_inputs(convolution, in_channels)
+
+
+def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
+    """Leaves out hidden channels that no group of the projection reads.
+
+    The expansion's groups stay equally large, and all together, or each where the expansion is blocked, a multiple of
+    `SIMD_CHANNELS`: a group with more dead channels than the others keeps some of them.
+    """
+    index = layers.projection.index
+    if index is None:
+        return layers
+    groups, hidden = layers.expansion.groups, len(layers.expansion.weight)
+    size = hidden // groups
+    alive = torch.zeros(hidden, dtype=torch.bool, device=index.device).index_fill_(0, index, True).reshape(groups, size)
+    most = int(alive.sum(1).max())
+    multiple = SIMD_CHANNELS // (1 if _is_blocked(layers.expansion) else math.gcd(SIMD_CHANNELS, groups))
+    keep = min(size, -(-most // multiple) * multiple)
+    if keep == size:
+        return layers
+    # Living channels first, in their order; the sort is stable.
+    chosen = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
+    order = (chosen + size * torch.arange(groups, device=index.device)[:, None]).flatten()
+    position = torch.full((hidden,), -1, device=index.device).index_put_((order,), torch.arange(len(order)).to(index))
+    expansion, depthwise = layers.expansion, layers.depthwise
+    return HiddenLayers(
+        expansion=replace(expansion, weight=expansion.weight[order], bias=expansion.bias[order]),
+        depthwise=replace(depthwise, weight=depthwise.weight[order], bias=depthwise.bias[order], groups=len(order)),
+        projection=replace(layers.projection, index=position[index]),
+    )
+
+
+def _is_blocked(convolution: Convolution) -> bool:
+    """Whether kernels for blocked layouts take a 1x1 convolution; a dense one they take with any width."""
+    outputs, inputs = len(convolution.weight) // convolution.groups, convolution.weight.shape[1]
+    return convolution.groups == 1 or (outputs % SIMD_CHANNELS == 0 and inputs % SIMD_CHANNELS == 0)

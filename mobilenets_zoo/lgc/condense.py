@@ -1,0 +1,83 @@
+"""Whole models: from masked to condensed, and the check of equality."""
+
+import copy
+
+import torch
+from torch import nn
+
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
+
+__all__ = ["check_equivalent", "condense", "learned_layers"]
+
+# Largest error, relative to the largest output, that a different order of summation may cause.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How many times as much a whole network's error may be where its weights, too, are computed anew: with BatchNorm
+# folded in, or by ONNX Runtime.
+REWRITTEN = 10.0
+
+
+def learned_layers(model: nn.Module) -> dict[str, LearnedGroupConv2d]:
+    """Returns the model's learned group convolutions by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LearnedGroupConv2d)}
+
+
+def condense(model: nn.Module) -> nn.Module:
+    """Returns a copy of any model in which every `LearnedGroupConv2d` is a `CondensedConv2d` with equal outputs.
+
+    `model` stays as it was. Training flags, devices and dtypes carry over. A model that is condensed already comes
+    back as a plain copy.
+
+    Raises:
+        ValueError: a layer's mask isn't finished (the message names the layer and the counts), or the model has
+            no learned group convolution.
+    """
+    if not any(isinstance(module, (LearnedGroupConv2d, CondensedConv2d)) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to condense")
+    layers = learned_layers(model)
+    condensed: dict[int, CondensedConv2d] = {}  # by identity, so that a shared layer stays shared
+    for name, layer in layers.items():
+        try:
+            condensed[id(layer)] = layer.condense()
+        except ValueError as error:
+            raise ValueError(f"{name or type(layer).__name__}: {error}") from error
+    # deepcopy takes what the memo holds for an object instead of copying it: the swap needs no walk over parents.
+    return copy.deepcopy(model, memo=dict(condensed))
+
+
+def check_equivalent(
+    a: nn.Module,
+    b: nn.Module,
+    inputs: torch.Tensor | tuple[torch.Tensor, ...],
+    tolerance: float | None = None,
+) -> float:
+    """Compares two models' outputs.
+
+    Both run without gradients and in the mode they are in; running statistics stay untouched.
+
+    Args:
+        a: the reference.
+        b: the model to compare.
+        inputs: a tensor, or a tuple of positional arguments.
+        tolerance: largest error relative to the outputs' scale; by default 1e-12 (float64), 1e-5 (float32), 1e-2
+            (float16) or 5e-2 (bfloat16).
+
+    Returns:
+        The largest error divided by the largest absolute output of `a`.
+
+    Raises:
+        ValueError: shapes differ or the error is above the tolerance; the message holds the largest error.
+    """
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    a, b = (copy.deepcopy(model) if model.training else model for model in (a, b))
+    with torch.no_grad():
+        expected, actual = a(*arguments), b(*arguments)
+    if expected.shape != actual.shape:
+        raise ValueError(f"not equivalent: output shapes {tuple(expected.shape)} and {tuple(actual.shape)}")
+    scale = expected.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    error = ((expected.double() - actual.double()).abs().max() / scale).item()
+    tolerance = TOLERANCES[expected.dtype] if tolerance is None else tolerance
+    if not error <= tolerance:  # also catches NaN
+        raise ValueError(
+            f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {tolerance:g}"
+        )
+    return error
