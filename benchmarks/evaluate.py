@@ -5,7 +5,7 @@
 DIR under --run is what benchmarks/train.py wrote. The weight is loaded as users load it, masked and condensed; both
 forms must agree. --bundle writes mobilenets_zoo/weights/NAME.safetensors, its row in the manifest,
 benchmarks/results/NAME.json and benchmarks/logs/NAME.csv; NAME is the model's, and model.tag where the tag isn't the
-model's default.
+model's default. A weight that this one started from and replaces moves to benchmarks/earlier/.
 """
 
 import argparse
@@ -101,7 +101,10 @@ def taught_by(recipe: Recipe) -> str | None:
     if recipe.soft_labels:
         return SoftLabels.load(BENCHMARKS / recipe.soft_labels).info["taught_by"]
     start = mz.manifest().get(recipe.init_from)
-    return start.taught_by if start is not None else None
+    if start is not None:
+        return start.taught_by
+    result = BENCHMARKS / "earlier" / recipe.init_from / "result.json"
+    return json.loads(result.read_text())["taught_by"] if recipe.init_from and result.is_file() else None
 
 
 def file_stem(recipe: Recipe) -> str:
@@ -141,6 +144,11 @@ def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
     copies = [(weights, run / "model.safetensors"), (logs / f"{stem}.csv", run / "log.csv")]
     if (run / "masks.json").exists():
         copies.append((logs / f"{stem}.masks.json", run / "masks.json"))
+    replaced = manifest.get(recipe.init_from, {})
+    if key != recipe.init_from and replaced.get("file") == weights.name:  # or the recipe couldn't be run again
+        old = {"model.safetensors": weights, "log.csv": logs / f"{stem}.csv", "result.json": result_file}
+        earlier = ROOT / "benchmarks" / "earlier" / recipe.init_from
+        copies = [(earlier / name, source) for name, source in old.items()] + copies
     for target, source in copies:
         target.parent.mkdir(parents=True, exist_ok=True)
         with mz.files.atomic_write(target) as file, open(source, "rb") as content:

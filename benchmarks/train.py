@@ -28,10 +28,11 @@ from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.cpu import keep_freed_memory
 from training.holdout import held_out
 from training.recipe import SHARED_FIELDS, Recipe, load_recipe
 from training.soft_labels import SoftLabels
-from training.student import LOG_FIELDS, Student, keep_freed_memory
+from training.student import LOG_FIELDS, Student
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import evaluate, preprocess
@@ -191,8 +192,11 @@ class Trainer:
             row.update(epoch=epoch + 1, size=size, lr=float(student.optimizer.param_groups[0]["lr"]))
             row.update(train_loss=loss / self.steps_per_epoch, train_top1=100 * top1 / self.steps_per_epoch)
             row.update(images_per_second=rate, seconds=self.epoch_seconds)
+            if self.device.type == "cpu":
+                row.update(images_per_second_per_core=rate / torch.get_num_threads())
             if self.holdout is not None:
-                result = evaluate(Resized(student.final_model(), self.recipe.sizes[-1][1]), self.holdout)
+                network = Resized(student.final_model(), self.recipe.sizes[-1][1], self.images.shape[1])
+                result = evaluate(network, self.holdout)
                 student.model.train()
                 row.update(holdout_loss=result.loss, holdout_top1=result.top1)
             student.log.append(row)
@@ -286,10 +290,10 @@ class Graph:
 class Resized(nn.Module):
     """A network behind the resizing of its images, for measuring at another resolution than the data's."""
 
-    def __init__(self, model: nn.Module, size: int):
+    def __init__(self, model: nn.Module, size: int, pixels: int):
         super().__init__()
         self.model, self.size = model, size
-        self.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}  # type: ignore[dict-item]
+        self.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, pixels, pixels)}  # type: ignore[dict-item]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(resize(images, self.size))

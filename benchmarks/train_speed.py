@@ -28,9 +28,10 @@ def worker(args: argparse.Namespace) -> None:
     """Takes steps and prints images per second and the share of the time outside network and optimiser."""
     import torch
     import train
+    from training.cpu import keep_freed_memory
     from training.recipe import Recipe
     from training.soft_labels import SoftLabels
-    from training.student import Student, keep_freed_memory
+    from training.student import Student
 
     torch.set_num_threads(args.threads)
     keep_freed_memory()

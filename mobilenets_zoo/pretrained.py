@@ -7,6 +7,7 @@ hold to timm as `pretrained_cfg_overlay["state_dict"]`, timm's own hook; sources
 import hashlib
 import json
 import os
+import re
 import threading
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -52,7 +53,7 @@ class WeightsError(RuntimeError):
 
 
 class AlteredWeightsError(WeightsError):
-    """A whole file has other content than the manifest says; no other source takes its place."""
+    """A file of the right length has other content than the manifest says; no other source takes its place."""
 
 
 @dataclass(frozen=True)
@@ -189,19 +190,25 @@ def verified_weights(entry: WeightEntry, cache_dir: Optional[str] = None) -> tup
 def _download(entry: WeightEntry, cache_dir: Optional[str], seconds: float) -> Path:
     """Returns the weight's file in the client's cache, downloaded if need be.
 
-    The client retries failed and unanswered requests for minutes and has no limit of its own for all of them, so it
-    runs in a thread that is left behind when the time is up.
+    The client has no limit of its own for all it does, so it runs in a thread that is left behind when the time is up.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     remedy = f"set {SOURCE_VARIABLE}=bundled to use the copy in the package"
     if entry.revision is None:
         raise WeightsError(f"{entry.name} isn't published as {entry.hub_id} on the Hub yet; {remedy}")
     results: list[Union[str, Exception]] = []
+    where: dict[str, Any] = dict(repo_id=entry.hub_id, filename=HUB_FILENAME, revision=entry.revision)
 
     def download() -> None:
         try:
-            results.append(hf_hub_download(entry.hub_id, HUB_FILENAME, revision=entry.revision, cache_dir=cache_dir))
+            if not isinstance(try_to_load_from_cache(**where, cache_dir=cache_dir), str):
+                # One request, where the client would try again for minutes; what it names files after must be plain.
+                answer = get_hf_file_metadata(hf_hub_url(**where))
+                for name in (answer.etag, answer.commit_hash):
+                    if not re.fullmatch(r"\w[\w.-]*", name or ""):
+                        raise ValueError(f"the server's ETag or commit is {str(name)[:40]!r}")
+            results.append(hf_hub_download(**where, cache_dir=cache_dir))
         # Between OSError, ValueError and the HTTP client's own errors the base classes change from release to release.
         except Exception as error:
             results.append(error)
@@ -238,8 +245,8 @@ def verified_bytes(path: Path, entry: WeightEntry, remedy: str) -> bytes:
         remedy: the end of the error messages, what to do.
 
     Raises:
-        AlteredWeightsError: as long as it should be, or longer, with other content.
-        WeightsError: missing, unreadable or truncated.
+        AlteredWeightsError: as long as it should be, with other content.
+        WeightsError: missing, unreadable, truncated or too long.
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing; {remedy}")
@@ -251,7 +258,7 @@ def verified_bytes(path: Path, entry: WeightEntry, remedy: str) -> bytes:
     if len(data) < entry.bytes:
         raise WeightsError(f"{path} has {len(data)} of {entry.name}'s {entry.bytes} bytes: it is truncated; {remedy}")
     if len(data) > entry.bytes:
-        raise AlteredWeightsError(f"{path} is altered: it has more than {entry.name}'s {entry.bytes} bytes; {remedy}")
+        raise WeightsError(f"{path} is another file: it has more than {entry.name}'s {entry.bytes} bytes; {remedy}")
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
         raise AlteredWeightsError(

@@ -192,6 +192,10 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "longer":
             data = data + b"\0" * 8
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{sha256(data)}"', "Accept-Ranges": "bytes"}
+        if fault == "etag":
+            headers["ETag"] = '"../../../outside"'
+        if fault == "commit":
+            headers["X-Repo-Commit"] = "../../outside"
         if fault == "redirect":
             headers |= {"Location": f"{self.hub.url}/elsewhere/{path}", "X-Linked-ETag": headers["ETag"]}
             headers["X-Linked-Size"] = str(len(data))

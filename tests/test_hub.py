@@ -300,6 +300,9 @@ UNREACHABLE = {
     "silent": "can't be downloaded",
     "cut": "can't be downloaded",
     "shorter": "truncated",
+    "longer": "is another file",
+    "etag": "'../../../outside'",
+    "commit": "'../../outside'",
 }
 
 
@@ -320,13 +323,8 @@ def test_a_working_hub(published, project, fault):
     assert not asked  # a pinned commit in the cache needs no request
 
 
-SLOW = ("500", "503", "silent")  # the client retries for half a minute
-
-
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=pytest.mark.slow) if fault in SLOW else fault for fault in UNREACHABLE]
-)
-def test_a_hub_out_of_reach(published, project, fault):
+@pytest.mark.parametrize("fault", UNREACHABLE)
+def test_a_hub_out_of_reach(published, project, fault, tmp_path):
     published.fault = fault
     publish_revision(project, published.revision)
     out = load(published, project, "hub")
@@ -335,17 +333,17 @@ def test_a_hub_out_of_reach(published, project, fault):
     assert "MOBILENETS_ZOO_SOURCE=bundled" in out
     assert len(out.splitlines()) == 1
     assert load(published, project, "auto") == "bundled"
+    assert not list(tmp_path.rglob("outside*"))  # what a server says never names a file outside the cache
 
 
-@pytest.mark.parametrize("fault", ["altered", "longer"])
-def test_altered_bytes_are_an_error_and_never_replaced(published, project, fault):
-    published.fault = fault
+def test_altered_bytes_are_an_error_and_never_replaced(published, project):
+    published.fault = "altered"
     publish_revision(project, published.revision)
     for source in ("hub", "auto"):
         out = load(published, project, source)
         assert out.startswith("error: ")
-        assert "is altered: it" in out
-        assert ENTRY.sha256 in out or str(ENTRY.bytes) in out
+        assert "is altered: its" in out
+        assert ENTRY.sha256 in out
     # Doing what the message says helps.
     path = out.split("error: ")[1].split(" is altered")[0]
     Path(path).unlink()

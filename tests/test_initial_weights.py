@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import with_lively_statistics
 from torch import nn
+from training import initial_weights
 from training.initial_weights import start_from, transfer
 
 import mobilenets_zoo as mz
@@ -153,3 +154,15 @@ def test_a_package_file_is_checked_and_keeps_the_new_classifier(tmp_path, monkey
 def test_a_missing_source_is_named(source):
     with pytest.raises(ValueError, match=r"init_from '.*' can't be loaded"):
         start_from(timm.create_model("mobilenetv1_w025_cifar100"), source)
+
+
+def test_a_weight_that_left_the_package_can_still_be_started_from(tmp_path, monkeypatch):
+    source = lively("mobilenetv1_w025_cifar100", num_classes=100)
+    (tmp_path / "mobilenetv1_w025_cifar100.old").mkdir()
+    mz.save_weights(source, tmp_path / "mobilenetv1_w025_cifar100.old" / "model.safetensors")
+    monkeypatch.setattr(initial_weights, "EARLIER", tmp_path)
+    model = timm.create_model("mobilenetv1_w025_cifar100").eval()
+    start_from(model, "mobilenetv1_w025_cifar100.old")
+    mz.check_equivalent(source, model, IMAGES, tolerance=1e-2)  # stored in half precision
+    with pytest.raises(ValueError, match=r"init_from .* can't be loaded"):
+        start_from(model, "mobilenetv1_w025_cifar100.older")

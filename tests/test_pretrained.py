@@ -372,7 +372,7 @@ def test_a_hub_that_never_answers_costs_a_limited_time(source, monkeypatch):
     entry = dataclasses.replace(ENTRIES[0], revision="0" * 40)
     monkeypatch.setenv(pretrained.SOURCE_VARIABLE, source)
     monkeypatch.setattr(pretrained, "HUB_SECONDS", {"hub": 0.2, "auto": 0.2})
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: time.sleep(20))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: time.sleep(20))
     start = time.monotonic()
     if source == "auto":
         assert pretrained.verified_weights(entry)[0] == pretrained.WEIGHTS_DIR / entry.file
@@ -416,12 +416,13 @@ def hub(tmp_path, monkeypatch):
     path = tmp_path / "downloaded.safetensors"
     path.write_bytes((pretrained.WEIGHTS_DIR / entry.file).read_bytes())
 
-    def download(repo, filename, revision, cache_dir):
-        assert (repo, filename, revision) == (entry.hub_id, "model.safetensors", entry.revision)
+    def download(repo_id, filename, revision, cache_dir):
+        assert (repo_id, filename, revision) == (entry.hub_id, "model.safetensors", entry.revision)
         if not path.exists():
             raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nsecond line")
         return str(path)
 
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda **_: str(path))  # so it asks nobody
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return path
 
@@ -435,6 +436,23 @@ def test_the_hub_is_verified_and_altered_bytes_never_fall_back(hub, source, monk
     with pytest.raises(mz.WeightsError, match="sha256") as error:
         timm.create_model(ENTRIES[0].model, pretrained=True)
     assert str(hub) in str(error.value)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_remedy_names_what_to_delete(inside, tmp_path, monkeypatch):
+    """In the client's cache a file is a link to a blob; one that leads out of the cache is itself what is wrong."""
+    entry = dataclasses.replace(ENTRIES[0], revision="0" * 40)
+    target = tmp_path / "cache" / "models--x" / "blobs" / "0123" if inside else tmp_path / "elsewhere"
+    link = tmp_path / "cache" / "models--x" / "snapshots" / entry.revision / "model.safetensors"
+    for path in (target, link):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(b"0" * entry.bytes)
+    link.symlink_to(target)
+    monkeypatch.setenv(pretrained.SOURCE_VARIABLE, "hub")
+    monkeypatch.setattr(pretrained, "_download", lambda *_: link)
+    with pytest.raises(mz.WeightsError, match="delete it to download it again") as error:
+        pretrained.verified_weights(entry)
+    assert str(error.value).startswith(f"{target if inside else link} is altered")
 
 
 def test_only_auto_falls_back_where_the_hub_is_out_of_reach(hub, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import dataclasses
 import errno
 import io
 import itertools
@@ -29,10 +30,11 @@ from report import figures
 from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.cpu import adapt_layers, orthogonalize_in_float32
 from training.holdout import held_out
 from training.recipe import Recipe, load_recipe
 from training.soft_labels import SoftLabels
-from training.student import Student, keep_strided_depthwise_in_float32, orthogonalize_in_float32
+from training.student import Student
 
 import mobilenets_zoo as mz
 
@@ -98,7 +100,11 @@ def run(recipe: Path | list[Path], data: Path, out: Path, *arguments: str) -> in
 def log(out: Path) -> list[dict[str, str]]:
     with open(out / "log.csv", newline="") as file:
         return [
-            {key: value for key, value in row.items() if key not in ("seconds", "images_per_second")}
+            {
+                key: value
+                for key, value in row.items()
+                if key not in ("seconds", "images_per_second", "images_per_second_per_core")
+            }
             for row in csv.DictReader(file)
         ]
 
@@ -510,7 +516,7 @@ def test_strided_depthwise_convolutions_stay_out_of_autocast():
     conv = torch.nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
     model = torch.nn.Sequential(conv, torch.nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False))
     keys = list(model.state_dict())
-    keep_strided_depthwise_in_float32(model)
+    adapt_layers(model)
     assert list(model.state_dict()) == keys
     twin = copy.deepcopy(model)  # as for the average of the weights
     x = torch.randn(2, 8, 9, 9, dtype=torch.bfloat16)
@@ -523,6 +529,19 @@ def test_strided_depthwise_convolutions_stay_out_of_autocast():
         twin[0].weight.zero_()
     assert not twin[0](x).any()
     assert model[0](x).any()
+
+
+def test_grouped_convolutions_learn_the_same_as_dense_ones():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 12, 1, groups=4))
+    reference, x = copy.deepcopy(model), torch.randn(2, 8, 5, 5)
+    adapt_layers(model)
+    assert "forward" in vars(model[0])
+    for network in (reference, model):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(model(x), reference(x))
+    torch.testing.assert_close(model[0].weight.grad, reference[0].weight.grad)
+    torch.testing.assert_close(model[0].bias.grad, reference[0].bias.grad)
 
 
 def test_recipes_that_disagree_do_not_train_together(tmp_path, data, capsys):
@@ -571,6 +590,19 @@ def test_evaluate_script_measures_and_bundles(tmp_path, data, monkeypatch):
     arguments = [str(outside), "--run", str(tmp_path / "out"), "--data", str(data), "--device", "cpu"]
     assert evaluate.main([*arguments, "--bundle"]) == 2
     assert evaluate.main(arguments) == 0
+    # A default weight that another started from and replaces is kept, so that the recipe can be run again.
+    monkeypatch.setattr(evaluate, "file_stem", lambda recipe: recipe.model)
+    first, run_folder = load_recipe(recipe), tmp_path / "out"
+    second = dataclasses.replace(first, tag="second", init_from=f"{first.model}.{first.tag}")
+    evaluate.bundle(first, run_folder, result)
+    weight = (root / "weights" / f"{first.model}.safetensors").read_bytes()
+    evaluate.bundle(second, tmp_path / "other", {**result, "training_loss": 0.5})
+    assert list(json.loads((root / "weights" / "manifest.json").read_text())) == [f"{first.model}.second"]
+    earlier = root / "benchmarks" / "earlier" / second.init_from
+    assert (earlier / "model.safetensors").read_bytes() == weight
+    assert (earlier / "log.csv").read_bytes() == (run_folder / "log.csv").read_bytes()
+    assert json.loads((earlier / "result.json").read_text()) == result
+    assert (root / "weights" / f"{first.model}.safetensors").read_bytes() != weight
 
 
 def test_muon_in_float32(monkeypatch):

@@ -1,7 +1,8 @@
 """The weights that a training starts from: another network's, in the form that the new one needs.
 
 A recipe's `init_from` is one of
-- "NAME" or "NAME.TAG", a zoo model with weights, or "NAME=FILE", that model with the weights of a safetensors file;
+- "NAME" or "NAME.TAG", a zoo model with weights, in the package or, where another has taken its place there, in
+  benchmarks/earlier/; or "NAME=FILE", that model with the weights of a safetensors file;
 - "package:MODULE/FILE", a PyTorch file inside an installed package, checked by its sha256, whose tensors have the order
   and the shapes of the network's own.
 
@@ -26,7 +27,10 @@ from torch import nn
 import mobilenets_zoo as mz
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
-__all__ = ["start_from", "transfer"]
+__all__ = ["EARLIER", "start_from", "transfer"]
+
+# Weights that others started from and replaced, a folder NAME.TAG each.
+EARLIER = Path(__file__).resolve().parents[1] / "earlier"
 
 
 def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
@@ -39,6 +43,9 @@ def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
         _load_package_file(model, source, sha256)
         return
     name, _, file = source.partition("=")
+    kept = EARLIER / source / "model.safetensors"
+    if source not in mz.manifest() and kept.is_file():
+        name, file = source.partition(".")[0], str(kept)
     try:
         overlay = {"file": file} if file else None
         origin = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)

@@ -3,34 +3,30 @@
 import contextlib
 import copy
 import csv
-import ctypes
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
-import timm.optim.muon
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
+from training.cpu import adapt_layers, orthogonalize_in_float32
 from training.initial_weights import start_from
 from training.recipe import Recipe
 
-__all__ = ["LOG_FIELDS", "Student", "keep_freed_memory"]
+__all__ = ["LOG_FIELDS", "Student"]
 
 LOG_FIELDS = (
     *("epoch", "size", "lr", "train_loss", "train_top1", "holdout_loss", "holdout_top1"),
-    *("images_per_second", "seconds"),
+    *("images_per_second", "images_per_second_per_core", "seconds"),
 )
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 class Student:
@@ -52,7 +48,7 @@ class Student:
 
             fuse_layers(self.model)
         else:
-            keep_strided_depthwise_in_float32(self.model)
+            adapt_layers(self.model)
         if self.capturable:
             arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
         self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
@@ -189,45 +185,3 @@ class Average:
         """Moves towards the network after optimiser step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1.0 - decay)
-
-
-@contextlib.contextmanager
-def orthogonalize_in_float32() -> Iterator[None]:
-    """Lets timm's Muon multiply matrices in float32.
-
-    timm always takes bfloat16, which a CPU without bfloat16 instructions emulates, 20 to 40 times slower.
-    """
-    original = timm.optim.muon.zeropower_via_newtonschulz
-    timm.optim.muon.zeropower_via_newtonschulz = functools.partial(original, dtype=torch.float32)
-    try:
-        yield
-    finally:
-        timm.optim.muon.zeropower_via_newtonschulz = original
-
-
-def keep_strided_depthwise_in_float32(model: nn.Module) -> None:
-    """Takes depthwise convolutions with a stride out of autocast, in place.
-
-    Their gradient by the input takes oneDNN many times longer in bfloat16 than in float32.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.stride[0] > 1:
-            module.forward = functools.partial(_float32_forward, module)  # type: ignore[method-assign]
-
-
-def _float32_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.Conv2d.forward(conv, x.float()).to(x.dtype)
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next step.
-
-    By default every large tensor is mapped anew, and a step on the CPU spends much of its time on page faults.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # not glibc
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28)):
-        mallopt(parameter, value)
