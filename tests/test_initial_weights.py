@@ -163,6 +163,6 @@ def test_a_weight_that_left_the_package_can_still_be_started_from(tmp_path, monk
     monkeypatch.setattr(initial_weights, "EARLIER", tmp_path)
     model = timm.create_model("mobilenetv1_w025_cifar100").eval()
     start_from(model, "mobilenetv1_w025_cifar100.old")
-    mz.check_equivalent(source, model, IMAGES, tolerance=1e-2)  # stored in half precision
+    mz.check_equivalent(source, model, IMAGES, tolerance=5e-2)  # stored in half precision
     with pytest.raises(ValueError, match=r"init_from .* can't be loaded"):
         start_from(model, "mobilenetv1_w025_cifar100.older")
