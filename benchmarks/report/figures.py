@@ -197,7 +197,7 @@ def all_figures() -> list[Figure]:
         parent = load_result(entry.result)["recipe"].get("init_from", "").partition(".")[0]
         start = f"from {short(parent)}" if parent else "from random weights"
         if parent == name:
-            start = "from an earlier weight of the same network"
+            start = "from an earlier weight"
         columns = ("epoch", "train_loss", "train_top1")
         log = read_log(LOGS / f"{Path(entry.result).stem}.csv")
         curves.setdefault(start, {})[short(name)] = [{key: float(row[key]) for key in columns} for row in log]
