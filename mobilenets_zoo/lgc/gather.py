@@ -69,5 +69,6 @@ def gather_channels_last(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return gathered.reshape(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
 
 
-# The layout decides which form runs, and a traced tensor has none: keep the function whole in torch.fx graphs.
+# The layout decides which form runs, and a traced tensor has none: keep the function whole in torch.fx graphs, which
+# takes a call as `gather.condensed_conv2d`, because torch.fx looks for the name in this module.
 torch.fx.wrap("condensed_conv2d")

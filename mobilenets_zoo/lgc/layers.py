@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mobilenets_zoo.lgc.gather import condensed_conv2d
+from mobilenets_zoo.lgc import gather
 
 __all__ = ["CondensedConv2d", "LearnedGroupConv2d", "condense_weight", "expand_weight"]
 
@@ -232,7 +232,7 @@ class CondensedConv2d(_GroupConv2d):
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
         if self.stride > 1:
             x = x[..., :: self.stride, :: self.stride]
-        x = condensed_conv2d(x, self.weight, self.index, self.groups)
+        x = gather.condensed_conv2d(x, self.weight, self.index, self.groups)
         return x if self.bias is None else x + self.bias[:, None, None]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
