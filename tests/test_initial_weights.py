@@ -115,6 +115,46 @@ def test_fewer_hidden_channels_are_those_that_matter():
     mz.check_equivalent(big, small, IMAGES)
 
 
+def test_a_narrower_network_has_the_channels_that_matter():
+    """Channels between bottlenecks that are always zero, and hidden ones that nothing reads, go: nothing changes."""
+    wide = lively("mobilenetv2_cifar100", **{**SMALL, "width_mult": 0.5})
+    narrow = timm.create_model("mobilenetv2_cifar100", **{**SMALL, "expand_ratio": 2}).eval()
+    generator = torch.Generator().manual_seed(5)
+
+    def some(count: int, of: int) -> torch.Tensor:
+        return torch.randperm(of, generator=generator)[:count].sort().values
+
+    def silence(layer: nn.Module, kept: torch.Tensor) -> None:
+        silent = torch.ones(len(layer.bn.weight), dtype=torch.bool)
+        silent[kept] = False
+        layer.bn.weight[silent] = layer.bn.bias[silent] = 0
+
+    blocks = [[m for m in net.modules() if isinstance(m, Bottleneck)] for net in (wide, narrow)]
+    became_identity = 0
+    with torch.no_grad():
+        outputs = some(len(narrow.stem.bn.weight), len(wide.stem.bn.weight))
+        silence(wide.stem, outputs)
+        for old, new in zip(*blocks, strict=True):
+            inputs, convolves = outputs, isinstance(old.shortcut, nn.Conv2d)
+            if convolves or not old.has_shortcut:
+                outputs = some(new.projection.conv.out_channels, old.projection.conv.out_channels)
+            silence(old.projection, outputs)
+            hidden = some(new.depthwise.conv.in_channels, old.depthwise.conv.in_channels)
+            weight = old.projection.conv.weight
+            old.projection.conv.weight.copy_(torch.zeros_like(weight).index_copy(1, hidden, weight[:, hidden]))
+            if convolves:
+                weight = old.shortcut.weight.clone()
+                old.shortcut.weight.zero_()
+                if isinstance(new.shortcut, nn.Identity):
+                    became_identity += 1
+                    old.shortcut.weight[outputs, inputs] = 1
+                else:
+                    old.shortcut.weight[outputs] = weight[outputs]
+    assert became_identity
+    transfer(wide, narrow)
+    mz.check_equivalent(wide, narrow, IMAGES)
+
+
 @pytest.mark.parametrize(
     ("source", "target"),
     [

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "ROOT", "load_latency", "load_result", "markdown", "read_log"]
+__all__ = ["EARLIER", "RESULTS", "ROOT", "load_latency", "load_result", "markdown", "read_log"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+# Weights that later ones started from and replaced, each with its recipe, log and result.
+EARLIER = ROOT / "benchmarks" / "earlier"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -8,7 +8,7 @@ import timm
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.cli import FAST_MS
-from report.files import load_latency, load_result, markdown
+from report.files import EARLIER, load_latency, load_result, markdown
 
 __all__ = [
     "DEPLOYED",
@@ -107,14 +107,24 @@ def state() -> str:
     below = {name: -gap for name, gap in gaps.items() if gap < 0}
     text = f"**The state of the weights.** {', '.join(above) or 'None'} of {len(gaps)} reach the original's accuracy"
     if below:
-        epochs = [load_result(weights[name].result)["recipe"]["epochs"] for name in below]
-        text += f"; the others are {min(below.values()):.1f} to {max(below.values()):.1f} points below it. Theirs were "
-        text += f"short runs of {min(epochs)} to {max(epochs)} epochs, where the original took 400"
+        epochs = [sum(chain_epochs(load_result(weights[name].result))) for name in below]
+        text += f"; the others are {min(below.values()):.1f} to {max(below.values()):.1f} points below it, after "
+        text += f"{min(epochs)} to {max(epochs)} epochs, those of the networks they started from included, where the "
+        text += "original took 400"
     return wrapped(f"{text}.")
 
 
 def wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def chain_epochs(result: dict[str, Any]) -> list[int]:
+    """Returns the epochs of each training behind a weight: those it started from, one after the other, and its own."""
+    own, start = result["recipe"]["epochs"], result["recipe"]["init_from"]
+    if not start:
+        return [own]
+    entry = mz.manifest().get(start)
+    return [*chain_epochs(load_result(entry.result if entry else EARLIER / start / "result.json")), own]
 
 
 def weights_table() -> str:
@@ -134,7 +144,7 @@ def weights_table() -> str:
                 f"{scores['loss']:.3f}",
                 f"{scores['ece']:.1f}",
                 ", ".join(f"[{label}](../{path})" for label, path in files.items()),
-                str(result["recipe"]["epochs"]),
+                " + ".join(map(str, chain_epochs(result))),
                 f"{result['training_seconds'] / 60:.1f}{shared}",
                 training["device"],
                 entry.taught_by.partition(".")[0] if entry.taught_by else "the labels alone",
@@ -169,16 +179,11 @@ def family_table(costs: dict[str, mz.Profile]) -> str:
     for name in FAMILY:
         entry, cost = weights[name], costs[name]
         result = load_result(entry.result)
-        parent = result["recipe"]["init_from"].partition(".")[0]
-        start = (
-            f"`{parent}`, then {result['recipe']['epochs']} epochs"
-            if parent
-            else f"{result['recipe']['epochs']} epochs"
-        )
         sizes = [
             f"{cost.params / 1e6:.3f}",
             f"{cost.macs / 1e6:.1f}",
             f"{milliseconds(latency, model=name, **DEPLOYED):.2f}",
         ]
-        rows.append([f"`{name}`", *sizes, f"{result['training_loss']:.3f}", f"{entry.top1:.2f}", start])
-    return markdown(["model", "params (M)", "MACs (M)", "ms", "training loss", "top-1 (%)", "training"], rows)
+        epochs = " + ".join(map(str, chain_epochs(result)))
+        rows.append([f"`{name}`", *sizes, f"{result['training_loss']:.3f}", f"{entry.top1:.2f}", epochs])
+    return markdown(["model", "params (M)", "MACs (M)", "ms", "training loss", "top-1 (%)", "epochs"], rows)

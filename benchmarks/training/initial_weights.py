@@ -7,9 +7,9 @@ A recipe's `init_from` is one of
   and the shapes of the network's own.
 
 A zoo model may start from one of the same architecture, or
-- a MobileNetV2 from a dense one with as many hidden channels or more: the hidden channels that matter most are kept;
-  a learned group convolution takes the dense weight with a mask of ones, a group convolution its groups' own blocks,
-  after the hidden channels are ordered so that as much weight as possible lies in the blocks;
+- a MobileNetV2 from a dense one that is as wide or wider: the channels that matter most are kept, hidden ones and those
+  between bottlenecks; a learned group convolution takes the dense weight with a mask of ones, a group convolution its
+  groups' own blocks, after the hidden channels are ordered so that as much weight as possible lies in the blocks;
 - a MobileNetV1 from a narrower one, with equal outputs (Net2WiderNet, arXiv 1511.05641, section 2.2).
 """
 
@@ -93,13 +93,7 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
             return
         if not all(_is_dense(block.expansion.conv) and _is_dense(block.projection.conv) for block in _blocks(source)):
             raise ValueError(f"{refusal}: its 1x1 convolutions must be dense")
-        pairs = list(zip(_blocks(source), _blocks(target), strict=True))
-        if any(_hidden(old) < _hidden(new) for old, new in pairs):
-            raise ValueError(f"{refusal}: it has fewer hidden channels")
-        for name in ("stem", "head_conv", "classifier"):
-            _load(source.get_submodule(name), target.get_submodule(name), refusal)
-        for old, new in pairs:
-            _transfer_bottleneck(old, new, refusal)
+        _narrow(source, target, refusal)
     else:
         raise ValueError(refusal)
 
@@ -135,13 +129,54 @@ def _groups(conv: nn.Module) -> int:
     return conv.groups if isinstance(conv, nn.Conv2d) else 1
 
 
-def _transfer_bottleneck(source: Bottleneck, target: Bottleneck, refusal: str) -> None:
-    expand = source.expansion.conv.get_parameter("weight").flatten(1)  # (hidden, in)
+def _narrow(source: nn.Module, target: nn.Module, refusal: str) -> None:
+    pairs = list(zip(_blocks(source), _blocks(target), strict=True))
+    widths = [(_hidden(old), _hidden(new)) for old, new in pairs]
+    widths += [(len(old), len(new)) for old, new in zip(_written(source), _written(target), strict=True)]
+    if any(old < new for old, new in widths):
+        raise ValueError(f"{refusal}: it has fewer channels")
+    kept = iter(_kept_between(source, target))
+    inputs = next(kept)
+    _load_rows(source.get_submodule("stem"), target.get_submodule("stem"), inputs)
+    for old, new in pairs:
+        outputs = next(kept)
+        _transfer_bottleneck(old, new, inputs, outputs)
+        inputs = outputs
+    _load_columns(source.get_submodule("head_conv.conv"), target.get_submodule("head_conv.conv"), inputs)
+    for name in ("head_conv.bn", "classifier"):
+        _load(source.get_submodule(name), target.get_submodule(name), refusal)
+
+
+def _written(model: nn.Module) -> list[torch.Tensor]:
+    """Returns BatchNorm's weights of all that writes channels between bottlenecks: the stem and the projections."""
+    layers = [model.get_submodule("stem"), *(block.projection for block in _blocks(model))]
+    return [layer.get_parameter("bn.weight") for layer in layers]
+
+
+def _kept_between(source: nn.Module, target: nn.Module) -> list[torch.Tensor]:
+    """Returns, for the stem and each bottleneck, which of the source's output channels the target has.
+
+    Kept are those of the largest variance, BatchNorm's squared weights; what identity shortcuts add up is one choice.
+    """
+    stem, *written = _written(source)
+    energies, run_of = [stem.square()], [0]  # run_of: by layer, its run of bottlenecks with identity shortcuts
+    for block, weight in zip(_blocks(source), written, strict=True):
+        if block.has_shortcut and isinstance(block.shortcut, nn.Identity):
+            energies[-1] = energies[-1] + weight.square()
+        else:
+            energies.append(weight.square())
+        run_of.append(len(energies) - 1)
+    counts = [len(weight) for weight in _written(target)]
+    return [energies[run].topk(count).indices.sort().values for run, count in zip(run_of, counts, strict=True)]
+
+
+def _transfer_bottleneck(source: Bottleneck, target: Bottleneck, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    expand = source.expansion.conv.get_parameter("weight").flatten(1)[:, inputs]  # (hidden, in)
     project = source.projection.conv.get_parameter("weight").flatten(1)  # (out, hidden)
     # What leaves a layer in place p was made in place before[p], where a shuffle lies between.
     hidden_before = _before(target.shuffle_hidden, _hidden(target))
-    out_before = _before(target.shuffle_out, len(project))
-    out_made = torch.empty_like(out_before).scatter_(0, out_before, torch.arange(len(project)))
+    out_before = _before(target.shuffle_out, len(outputs))
+    out_made = outputs[torch.empty_like(out_before).scatter_(0, out_before, torch.arange(len(outputs)))]
     hidden = _order_hidden(source, target, expand, project[out_made], hidden_before)
     hidden_made = hidden.new_empty(len(hidden)).scatter_(0, hidden_before, hidden)
 
@@ -150,7 +185,9 @@ def _transfer_bottleneck(source: Bottleneck, target: Bottleneck, refusal: str) -
     _load_rows(source.depthwise, target.depthwise, hidden)
     _load_pointwise(target.projection.conv, project[out_made][:, hidden])
     _load_rows(source.projection.bn, target.projection.bn, out_made)
-    _load(source.shortcut, target.shortcut, refusal)
+    # Where rounding made a narrower network's widths equal, its shortcut is the identity.
+    if isinstance(source.shortcut, nn.Conv2d) and isinstance(target.shortcut, nn.Conv2d):
+        target.shortcut.get_parameter("weight").copy_(source.shortcut.weight[outputs][:, inputs])
 
 
 def _before(shuffle: nn.Module, channels: int) -> torch.Tensor:
@@ -198,6 +235,10 @@ def _load_pointwise(conv: nn.Module, weight: torch.Tensor) -> None:
     conv.get_parameter("weight").copy_(torch.cat(rows)[:, :, None, None])
     if isinstance(conv, mz.LearnedGroupConv2d):
         conv.mask.fill_(True)
+
+
+def _load_columns(source: nn.Module, target: nn.Module, columns: torch.Tensor) -> None:
+    target.get_parameter("weight").copy_(source.get_parameter("weight")[:, columns])
 
 
 def _load_rows(source: nn.Module, target: nn.Module, rows: torch.Tensor) -> None:
