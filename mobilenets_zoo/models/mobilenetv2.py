@@ -187,7 +187,7 @@ WEIGHTS = (
     "mobilenetv2_t4_cifar100.kd_e5_r32",
     "mobilenetv2_t1_cifar100.kd_e16_r32",
     "mobilenetv2_t1_cifar100.sgd_e24_r32",
-    "mobilenetv2_lgc_cifar100.kd_e5_r32",
+    "mobilenetv2_lgc_cifar100.kd_cutmix_e4_r32",
     "mobilenetv2_lgc_exp_cifar100.kd_cutmix_e2_r32",
     "mobilenetv2_lgc_proj_cifar100.kd_e5_r32",
     "mobilenetv2_lgc_gc_cifar100.kd_e5_r32",
