@@ -1,11 +1,11 @@
-"""Measures a finished weight once on the test images and, with --bundle, makes it the package's weight.
+"""Measures a finished weight once on the test images; --record keeps the result, --bundle also the weight.
 
-    python benchmarks/evaluate.py benchmarks/recipes/NAME.toml --run DIR --data DIR [--bundle]
+    python benchmarks/evaluate.py benchmarks/recipes/NAME.toml --run DIR --data DIR [--record | --bundle]
 
 DIR under --run is what benchmarks/train.py wrote. The weight is loaded as users load it, masked and condensed; both
-forms must agree. --bundle writes mobilenets_zoo/weights/NAME.safetensors, its row in the manifest,
-benchmarks/results/NAME.json and benchmarks/logs/NAME.csv; NAME is the model's, and model.tag where the tag isn't the
-model's default. A weight that this one started from and replaces moves to benchmarks/earlier/.
+forms must agree. --record writes benchmarks/results/NAME.json and benchmarks/logs/NAME.csv; --bundle also
+mobilenets_zoo/weights/NAME.safetensors and its row in the manifest, and moves a weight that this one started from and
+replaces to benchmarks/earlier/. NAME is the model's, and model.tag where the tag isn't the model's default.
 """
 
 import argparse
@@ -129,8 +129,27 @@ def eager_milliseconds(model: torch.nn.Module) -> float:
     return round(statistics.median(times[10:]), 2)
 
 
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with mz.files.atomic_write(target) as file, open(source, "rb") as content:
+        shutil.copyfileobj(content, file)
+
+
+def record(recipe: Recipe, run: Path, result: dict[str, Any]) -> Path:
+    """Puts result and log where the tables read them; returns the result's file."""
+    stem = file_stem(recipe)
+    copy(run / "log.csv", ROOT / "benchmarks" / "logs" / f"{stem}.csv")
+    if (run / "masks.json").exists():
+        copy(run / "masks.json", ROOT / "benchmarks" / "logs" / f"{stem}.masks.json")
+    result_file = ROOT / "benchmarks" / "results" / f"{stem}.json"
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    with mz.files.atomic_write(result_file, "w", encoding="utf-8") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+    return result_file
+
+
 def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
-    """Puts weight, manifest row, result and log where the package and the tables read them."""
+    """Records the result and puts weight and manifest row where the package reads them."""
     name, key = recipe.model, f"{recipe.model}.{recipe.tag}"
     manifest_file = WEIGHTS_DIR / "manifest.json"
     manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
@@ -139,23 +158,14 @@ def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
 
     stem = file_stem(recipe)
     weights = WEIGHTS_DIR / f"{stem}.safetensors"
-    result_file = ROOT / "benchmarks" / "results" / f"{stem}.json"
-    logs = ROOT / "benchmarks" / "logs"
-    copies = [(weights, run / "model.safetensors"), (logs / f"{stem}.csv", run / "log.csv")]
-    if (run / "masks.json").exists():
-        copies.append((logs / f"{stem}.masks.json", run / "masks.json"))
     replaced = manifest.get(recipe.init_from, {})
     if key != recipe.init_from and replaced.get("file") == weights.name:  # or the recipe couldn't be run again
-        old = {"model.safetensors": weights, "log.csv": logs / f"{stem}.csv", "result.json": result_file}
         earlier = ROOT / "benchmarks" / "earlier" / recipe.init_from
-        copies = [(earlier / name, source) for name, source in old.items()] + copies
-    for target, source in copies:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with mz.files.atomic_write(target) as file, open(source, "rb") as content:
-            shutil.copyfileobj(content, file)
-    result_file.parent.mkdir(parents=True, exist_ok=True)
-    with mz.files.atomic_write(result_file, "w", encoding="utf-8") as file:
-        file.write(json.dumps(result, indent=2) + "\n")
+        copy(weights, earlier / "model.safetensors")
+        copy(ROOT / "benchmarks" / "logs" / f"{stem}.csv", earlier / "log.csv")
+        copy(ROOT / "benchmarks" / "results" / f"{stem}.json", earlier / "result.json")
+    result_file = record(recipe, run, result)
+    copy(run / "model.safetensors", weights)
 
     # A file holds one weight: an older tag's row goes with its file.
     manifest = {other: row for other, row in manifest.items() if row["file"] != weights.name}
@@ -182,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--run", type=Path, required=True, help="folder that benchmarks/train.py wrote")
     parser.add_argument("--data", required=True, help="Parquet folder, torchvision root or Hub id")
-    parser.add_argument("--bundle", action="store_true", help="make it the package's weight")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--record", action="store_true", help="keep result and log, not the weight")
+    keep.add_argument("--bundle", action="store_true", help="make it the package's weight")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -190,13 +202,17 @@ def main(argv: list[str] | None = None) -> int:
         path = args.recipe.resolve()
         if path.is_relative_to(ROOT):
             path = path.relative_to(ROOT)
-        elif args.bundle:
-            raise ValueError(f"{args.recipe} lies outside {ROOT}: a bundled weight's recipe is part of the project")
+        elif args.bundle or args.record:
+            raise ValueError(f"{args.recipe} lies outside {ROOT}: a kept result's recipe is part of the project")
+        if args.record and file_stem(recipe) == recipe.model:
+            raise ValueError(f"{recipe.tag} is {recipe.model}'s default tag: --bundle it, or choose another tag")
         result = measure(recipe, path, args.run, args.data, args.device)
         scores = result["evaluation"]
         print(f"{recipe.model}.{recipe.tag}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
         if args.bundle:
             bundle(recipe, args.run, result)
+        elif args.record:
+            record(recipe, args.run, result)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

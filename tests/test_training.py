@@ -590,8 +590,18 @@ def test_evaluate_script_measures_and_bundles(tmp_path, data, monkeypatch):
     arguments = [str(outside), "--run", str(tmp_path / "out"), "--data", str(data), "--device", "cpu"]
     assert evaluate.main([*arguments, "--bundle"]) == 2
     assert evaluate.main(arguments) == 0
+    # What isn't bundled can leave its result and log.
+    arguments = ["--run", str(tmp_path / "out"), "--data", str(data), "--record", "--device", "cpu"]
+    assert evaluate.main([str(outside), *arguments]) == 2
+    other = write_recipe(root, name="other", tag="other", epochs=2)
+    assert evaluate.main([str(other), *arguments]) == 0
+    kept = json.loads((root / "benchmarks" / "results" / "mobilenetv1_w025_cifar100.other.json").read_text())
+    assert (kept["tag"], kept["evaluation"]["top1"]) == ("other", result["evaluation"]["top1"])
+    assert json.loads((root / "weights" / "manifest.json").read_text()) == rows
+    assert len(list((root / "weights").glob("*.safetensors"))) == 1
     # A default weight that another started from and replaces is kept, so that the recipe can be run again.
     monkeypatch.setattr(evaluate, "file_stem", lambda recipe: recipe.model)
+    assert evaluate.main([str(other), *arguments]) == 2  # a default is bundled
     first, run_folder = load_recipe(recipe), tmp_path / "out"
     second = dataclasses.replace(first, tag="second", init_from=f"{first.model}.{first.tag}")
     evaluate.bundle(first, run_folder, result)

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from training.initial_weights import EARLIER
+
 __all__ = ["EARLIER", "RESULTS", "ROOT", "load_latency", "load_result", "markdown", "read_log"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Weights that later ones started from and replaced, each with its recipe, log and result.
-EARLIER = ROOT / "benchmarks" / "earlier"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

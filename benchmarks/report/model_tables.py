@@ -8,7 +8,7 @@ import timm
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.cli import FAST_MS
-from report.files import EARLIER, load_latency, load_result, markdown
+from report.files import EARLIER, RESULTS, load_latency, load_result, markdown
 
 __all__ = [
     "DEPLOYED",
@@ -165,25 +165,39 @@ def weights_table() -> str:
     return markdown(header, rows)
 
 
-# What a group is worth: the dense parent, and the networks that started from it with one recipe.
+# What a group is worth: the dense parent, and the networks that started from it.
+PARENT = "mobilenetv2_cifar100"
 FAMILY = (
-    *("mobilenetv2_cifar100", "mobilenetv2_lgc_cifar100", "mobilenetv2_gc_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"),
-    *("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_proj_cifar100", "mobilenetv2_gc_proj_cifar100"),
-    *("mobilenetv2_lgc_exp_cifar100", "mobilenetv2_gc_exp_cifar100", "mobilenetv2_t4_cifar100"),
+    *(PARENT, "mobilenetv2_gc_cifar100", "mobilenetv2_gc_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"),
+    *("mobilenetv2_lgc_cifar100", "mobilenetv2_gc_proj_cifar100", "mobilenetv2_lgc_proj_cifar100"),
+    *("mobilenetv2_gc_exp_cifar100", "mobilenetv2_lgc_exp_cifar100", "mobilenetv2_t4_cifar100"),
 )
+SHORT = "kd_e5_r32"  # ends the tags of the five epochs that all of them took alike
 
 
 def family_table(costs: dict[str, mz.Profile]) -> str:
     weights, latency = default_weights(), load_latency()
+    short: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for file in (*sorted(RESULTS.glob("mobilenet*.json")), *sorted(EARLIER.glob("*/result.json"))):
+        result = load_result(file)
+        if result["tag"].endswith(SHORT) and result["recipe"]["init_from"].startswith(f"{PARENT}."):
+            width = result["recipe"]["model_args"].get("width_mult", 1.0)
+            short.setdefault((result["model"], width), []).append(result)
     rows = []
     for name in FAMILY:
         entry, cost = weights[name], costs[name]
-        result = load_result(entry.result)
-        sizes = [
-            f"{cost.params / 1e6:.3f}",
-            f"{cost.macs / 1e6:.1f}",
-            f"{milliseconds(latency, model=name, **DEPLOYED):.2f}",
-        ]
-        epochs = " + ".join(map(str, chain_epochs(result)))
-        rows.append([f"`{name}`", *sizes, f"{result['training_loss']:.3f}", f"{entry.top1:.2f}", epochs])
-    return markdown(["model", "params (M)", "MACs (M)", "ms", "training loss", "top-1 (%)", "epochs"], rows)
+        epochs = " + ".join(map(str, chain_epochs(load_result(entry.result))))
+        time = f"{milliseconds(latency, model=name, **DEPLOYED):.2f}"
+        cells = [time, _top1s(short.pop((name, 1.0), [])), epochs, f"{entry.top1:.2f}"]
+        rows.append([f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", *cells])
+    for (name, width), results in short.items():
+        size = [f"{results[0]['params'] / 1e6:.3f}", f"{results[0]['macs'] / 1e6:.1f}", "-"]
+        rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, _top1s(results), "-", "-"])
+    header = ["model", "params (M)", "MACs (M)", "ms", "after 5 epochs (%)", "the package's weight: epochs", "top-1 (%)"]
+    return markdown(header, rows)
+
+
+def _top1s(results: list[dict[str, Any]]) -> str:
+    """Returns the top-1 of each seed."""
+    scores = [f"{r['evaluation']['top1']:.2f}" for r in sorted(results, key=lambda result: result["seed"])]
+    return " and ".join(scores) or "-"
