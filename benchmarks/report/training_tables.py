@@ -47,8 +47,10 @@ def tuning_table() -> str:
         recipe = load_recipe(path)
         log = read_log(ROOT / "benchmarks" / "logs" / "tuning" / f"{path.stem}.csv")
         last = [f"{float(log[-1][key]):.2f}" for key in ("train_top1", "holdout_top1")]
-        rows.append([f"`{recipe.model}`", f"{recipe.lr:g}", str(recipe.batch_size), str(len(log)), *last])
-    return markdown(["model", "Muon's lr", "batch", "epochs", "training top-1 (%)", "held-out top-1 (%)"], rows)
+        settings = [f"{recipe.lr:g}", f"{recipe.weight_decay:g}", str(recipe.batch_size), str(len(log))]
+        rows.append([f"`{recipe.model}`", *settings, *last])
+    header = ["model", "Muon's lr", "weight decay", "batch", "epochs", "training top-1 (%)", "held-out top-1 (%)"]
+    return markdown(header, rows)
 
 
 def train_speed_table() -> str:
