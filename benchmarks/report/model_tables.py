@@ -193,7 +193,7 @@ def family_table(costs: dict[str, mz.Profile]) -> str:
     for (name, width), results in short.items():
         size = [f"{results[0]['params'] / 1e6:.3f}", f"{results[0]['macs'] / 1e6:.1f}", "-"]
         rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, _top1s(results), "-", "-"])
-    header = ["model", "params (M)", "MACs (M)", "ms", "after 5 epochs (%)", "the package's weight: epochs", "top-1 (%)"]
+    header = ["model", "params (M)", "MACs (M)", "ms", "after 5 epochs (%)", "weight: epochs", "top-1 (%)"]
     return markdown(header, rows)
 
 
