@@ -185,10 +185,9 @@ def test_export_with_dynamic_batch_is_equal(name):
 def test_compile_fullgraph_is_equal(name):
     """One model of each kind of layer, through Dynamo and AOTAutograd; Inductor's code is not this project's."""
     for model in forms(name):
+        x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
 
 

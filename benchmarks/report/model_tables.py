@@ -104,14 +104,15 @@ def state() -> str:
     weights = {name: entry for name, entry in default_weights().items() if name in ORIGINAL_TOP1}
     gaps = {name: entry.top1 - ORIGINAL_TOP1[name] for name, entry in weights.items()}
     above = [f"`{name}` ({gap:+.2f})" for name, gap in sorted(gaps.items(), key=lambda item: -item[1]) if gap >= 0]
-    below = {name: -gap for name, gap in gaps.items() if gap < 0}
-    text = f"**The state of the weights.** {', '.join(above) or 'None'} of {len(gaps)} reach the original's accuracy"
+    count = f"All {len(gaps)}" if len(above) == len(gaps) else f"{len(above)} of {len(gaps)}"
+    text = f"**The state of the weights.** {count} reach the original's accuracy, measured in points above it: "
+    text += f"{', '.join(above) or 'none'}."
+    below = [-gap for gap in gaps.values() if gap < 0]
     if below:
-        epochs = [sum(chain_epochs(load_result(weights[name].result))) for name in below]
-        text += f"; the others are {min(below.values()):.1f} to {max(below.values()):.1f} points below it, after "
-        text += f"{min(epochs)} to {max(epochs)} epochs, those of the networks they started from included, where the "
-        text += "original took 400"
-    return wrapped(f"{text}.")
+        text += f" The others are {min(below):.1f} to {max(below):.1f} points below it."
+    epochs = [sum(chain_epochs(load_result(entry.result))) for entry in weights.values()]
+    text += f" They took {min(epochs)} to {max(epochs)} epochs, those of the networks they started from included, "
+    return wrapped(text + "where the original took 400.")
 
 
 def wrapped(text: str) -> str:
@@ -172,32 +173,35 @@ FAMILY = (
     *("mobilenetv2_lgc_cifar100", "mobilenetv2_gc_proj_cifar100", "mobilenetv2_lgc_proj_cifar100"),
     *("mobilenetv2_gc_exp_cifar100", "mobilenetv2_lgc_exp_cifar100", "mobilenetv2_t4_cifar100"),
 )
-SHORT = "kd_e5_r32"  # ends the tags of the five epochs that all of them took alike
+# What ends the tags of recipes that differ in nothing but model and seed.
+ALIKE = {"after 5 epochs (%)": "kd_e5_r32", "after 30 (%)": "kd_cutmix_e30_r32"}
 
 
 def family_table(costs: dict[str, mz.Profile]) -> str:
     weights, latency = default_weights(), load_latency()
-    short: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    alike: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}  # by model and width, by heading
     for file in (*sorted(RESULTS.glob("mobilenet*.json")), *sorted(EARLIER.glob("*/result.json"))):
         result = load_result(file)
-        if result["tag"].endswith(SHORT) and result["recipe"]["init_from"].startswith(f"{PARENT}."):
-            width = result["recipe"]["model_args"].get("width_mult", 1.0)
-            short.setdefault((result["model"], width), []).append(result)
+        for heading, suffix in ALIKE.items():
+            if result["tag"].endswith(suffix) and result["recipe"]["init_from"].startswith(f"{PARENT}."):
+                key = (result["model"], result["recipe"]["model_args"].get("width_mult", 1.0))
+                alike.setdefault(key, {}).setdefault(heading, []).append(result)
     rows = []
     for name in FAMILY:
         entry, cost = weights[name], costs[name]
         epochs = " + ".join(map(str, chain_epochs(load_result(entry.result))))
         time = f"{milliseconds(latency, model=name, **DEPLOYED):.2f}"
-        cells = [time, _top1s(short.pop((name, 1.0), [])), epochs, f"{entry.top1:.2f}"]
+        cells = [time, *_top1s(alike.pop((name, 1.0), {})), epochs, f"{entry.top1:.2f}"]
         rows.append([f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", *cells])
-    for (name, width), results in short.items():
-        size = [f"{results[0]['params'] / 1e6:.3f}", f"{results[0]['macs'] / 1e6:.1f}", "-"]
-        rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, _top1s(results), "-", "-"])
-    header = ["model", "params (M)", "MACs (M)", "ms", "after 5 epochs (%)", "weight: epochs", "top-1 (%)"]
+    for (name, width), results in alike.items():
+        any_result = next(iter(results.values()))[0]
+        size = [f"{any_result['params'] / 1e6:.3f}", f"{any_result['macs'] / 1e6:.1f}", "-"]
+        rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, *_top1s(results), "-", "-"])
+    header = ["model", "params (M)", "MACs (M)", "ms", *ALIKE, "weight: epochs", "top-1 (%)"]
     return markdown(header, rows)
 
 
-def _top1s(results: list[dict[str, Any]]) -> str:
-    """Returns the top-1 of each seed."""
-    scores = [f"{r['evaluation']['top1']:.2f}" for r in sorted(results, key=lambda result: result["seed"])]
-    return " and ".join(scores) or "-"
+def _top1s(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Returns, for each heading of ALIKE, the top-1 of each seed."""
+    by_seed = [sorted(results.get(heading, []), key=lambda result: result["seed"]) for heading in ALIKE]
+    return [" and ".join(f"{r['evaluation']['top1']:.2f}" for r in seeds) or "-" for seeds in by_seed]

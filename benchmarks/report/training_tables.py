@@ -2,10 +2,9 @@
 
 from training.recipe import load_recipe
 
-import mobilenets_zoo as mz
-from report.files import EARLIER, RESULTS, ROOT, load_result, markdown, read_log
+from report.files import RESULTS, ROOT, load_result, markdown, read_log
 
-__all__ = ["continued_table", "finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
+__all__ = [""finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
 
 
 def teacher_table() -> str:
@@ -22,23 +21,6 @@ def teacher_table() -> str:
     device = load_result("benchmarks/teacher/run.json")["device"]
     header = ["epoch", "pixels", "training top-1 (%)", "held-out top-1 (%)", "seconds"]
     return f"{markdown(header, rows)}\n\nOn one {device}; training top-1 is of batches half of which CutMix has mixed."
-
-
-def continued_table() -> str:
-    """What further training of a weight brought."""
-    rows = []
-    for entry in mz.manifest().values():
-        result = load_result(entry.result)
-        start = EARLIER / result["recipe"]["init_from"] / "result.json"
-        if not result["recipe"]["init_from"].startswith(f"{entry.model}.") or not start.is_file():
-            continue
-        sizes = " and ".join(
-            f"{share * result['recipe']['epochs']:.0f} at {size}" for share, size in result["recipe"]["sizes"]
-        )
-        before = load_result(start)["evaluation"]["top1"]
-        minutes = f"{result['training_seconds'] / 60:.0f}"
-        rows.append([f"`{entry.name}`", sizes, minutes, f"{before:.2f}", f"{entry.top1:.2f}"])
-    return markdown(["weight", "epochs, pixels", "minutes on one core", "top-1 before (%)", "after (%)"], rows)
 
 
 def tuning_table() -> str:

@@ -81,9 +81,9 @@ class MobileNetV1(MobileNetBase):
 
 # The first tag of a model is its default.
 WEIGHTS = (
-    "mobilenetv1_cifar100.kd_e26_r32",
-    "mobilenetv1_w050_cifar100.kd_cutmix_e9_r32",
-    "mobilenetv1_w025_cifar100.kd_cutmix_e12_r32",
+    "mobilenetv1_cifar100.kd_cutmix_e34_r32",
+    "mobilenetv1_w050_cifar100.kd_cutmix_e90_r32",
+    "mobilenetv1_w025_cifar100.kd_cutmix_e90_r32",
     "mobilenetv1_w025_cifar100.sgd_e36_r32",
 )
 
