@@ -93,9 +93,9 @@ def flagship() -> str:
     return wrapped(
         f"`{best.model}` has **{best.top1:.2f} % top-1** with {best.params / 1e6:.2f} M parameters in "
         f"{times[best.model]:.1f} ms an image (the architecture's source reports {ORIGINAL_TOP1[best.model]:.2f} %), "
-        f"after {result['recipe']['epochs']} epochs on one {result['training']['device']}. It and {others} other "
-        "weights were taught by an EfficientNet-Lite2 that was pretrained on ImageNet-1k and fine-tuned here "
-        f"([how](docs/training.md)); {' and '.join(alone)} learned from CIFAR-100's labels alone."
+        f"after {' + '.join(map(str, chain_epochs(result)))} epochs on one {result['training']['device']}. It and "
+        f"{others} other weights were taught by an EfficientNet-Lite2 that was pretrained on ImageNet-1k and "
+        f"fine-tuned here ([how](docs/training.md)); {' and '.join(alone)} learned from CIFAR-100's labels alone."
     )
 
 
@@ -105,7 +105,7 @@ def state() -> str:
     gaps = {name: entry.top1 - ORIGINAL_TOP1[name] for name, entry in weights.items()}
     above = [f"`{name}` ({gap:+.2f})" for name, gap in sorted(gaps.items(), key=lambda item: -item[1]) if gap >= 0]
     count = f"All {len(gaps)}" if len(above) == len(gaps) else f"{len(above)} of {len(gaps)}"
-    text = f"**The state of the weights.** {count} reach the original's accuracy, measured in points above it: "
+    text = f"**The state of the weights.** {count} reach the original's accuracy; points above it: "
     text += f"{', '.join(above) or 'none'}."
     below = [-gap for gap in gaps.values() if gap < 0]
     if below:

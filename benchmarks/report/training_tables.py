@@ -4,7 +4,7 @@ from training.recipe import load_recipe
 
 from report.files import RESULTS, ROOT, load_result, markdown, read_log
 
-__all__ = [""finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
+__all__ = ["finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
 
 
 def teacher_table() -> str:
