@@ -111,8 +111,8 @@ def state() -> str:
     if below:
         text += f" The others are {min(below):.1f} to {max(below):.1f} points below it."
     epochs = [sum(chain_epochs(load_result(entry.result))) for entry in weights.values()]
-    text += f" They took {min(epochs)} to {max(epochs)} epochs, those of the networks they started from included, "
-    return wrapped(text + "where the original took 400.")
+    text += f" The weights took {min(epochs)} to {max(epochs)} epochs, those of the networks they started from "
+    return wrapped(text + "included, where the original took 400.")
 
 
 def wrapped(text: str) -> str:
@@ -173,7 +173,7 @@ FAMILY = (
     *("mobilenetv2_lgc_cifar100", "mobilenetv2_gc_proj_cifar100", "mobilenetv2_lgc_proj_cifar100"),
     *("mobilenetv2_gc_exp_cifar100", "mobilenetv2_lgc_exp_cifar100", "mobilenetv2_t4_cifar100"),
 )
-# What ends the tags of recipes that differ in nothing but model and seed.
+# What ends the tags of recipes that differ in nothing but model, width and seed.
 ALIKE = {"after 5 epochs (%)": "kd_e5_r32", "after 30 (%)": "kd_cutmix_e30_r32"}
 
 
