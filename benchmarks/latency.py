@@ -45,7 +45,6 @@ from torch import nn
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.lgc.layers import CondensedConv2d
-from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = (1, 2)
@@ -83,7 +82,7 @@ class Textbook(nn.Module):
         self.conv.weight = nn.Parameter(layer.weight.detach().clone())
         self.register_buffer("index", layer.index.clone())
         self.index: torch.Tensor
-        self.shuffle = ChannelShuffle(layer.groups)
+        self.shuffle = nn.ChannelShuffle(layer.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shuffle(self.conv(x.index_select(1, self.index)))
@@ -103,7 +102,7 @@ def without_shuffles(model: nn.Module) -> nn.Module:
     result = copy.deepcopy(model)
     for module in list(result.modules()):
         for name, child in module.named_children():
-            if isinstance(child, ChannelShuffle):
+            if isinstance(child, nn.ChannelShuffle):
                 setattr(module, name, nn.Identity())
     return result
 

@@ -242,12 +242,10 @@ def test_shortcuts_are_where_the_architecture_has_them():
 
 
 def test_channel_shuffle_lets_every_group_read_from_every_group():
-    from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
-
     x = torch.arange(12.0).reshape(1, 12, 1, 1)
-    assert ChannelShuffle(4)(x).flatten().tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
+    assert nn.ChannelShuffle(4)(x).flatten().tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     shuffles = {
-        name: sum(isinstance(m, ChannelShuffle) for m in timm.create_model(name, device="meta").modules())
+        name: sum(isinstance(m, nn.ChannelShuffle) for m in timm.create_model(name, device="meta").modules())
         for name in ALL_MODELS
     }
     assert shuffles.pop("mobilenetv2_gc_cifar100") == 17 + 16

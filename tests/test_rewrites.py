@@ -15,7 +15,6 @@ from mobilenets_zoo.evaluation import preprocess
 from mobilenets_zoo.inference import rewrites
 from mobilenets_zoo.inference.folded_conv import FoldedConv2d
 from mobilenets_zoo.inference.rewrites import Convolution, HiddenLayers
-from mobilenets_zoo.models.mobilenetv2 import ChannelShuffle
 
 
 def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
@@ -115,7 +114,7 @@ def test_a_shuffle_becomes_the_reading_order():
     layers = replace(layers, projection=replace(layers.projection, index=None))
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     expansion, depthwise, projection = layers.expansion, layers.depthwise, layers.projection
-    hidden = ChannelShuffle(4)(F.conv2d(x, expansion.weight, expansion.bias, groups=4))
+    hidden = nn.ChannelShuffle(4)(F.conv2d(x, expansion.weight, expansion.bias, groups=4))
     hidden = F.conv2d(hidden, depthwise.weight, depthwise.bias, padding=1, groups=96)
     expected = F.conv2d(hidden, projection.weight, projection.bias, groups=4)
     torch.testing.assert_close(run(rewrites.absorb_shuffle(layers, 4), x), expected)

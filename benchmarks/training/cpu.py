@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import timm.optim.muon
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
+
+from training.cpu_batch_norm import batch_norm_act, kernels
 
 __all__ = ["adapt_layers", "keep_freed_memory", "orthogonalize_in_float32"]
 
@@ -45,17 +48,27 @@ def orthogonalize_in_float32() -> Iterator[None]:
 def adapt_layers(model: nn.Module) -> None:
     """Changes how some convolutions compute, in place; parameters and outputs stay.
 
-    Strided depthwise convolutions leave autocast: their gradient by the input takes oneDNN many times longer in
-    bfloat16 than in float32. Grouped 1x1 convolutions multiply as dense ones with zeros between the groups: narrow
-    groups take longer than the zeros do.
+    BatchNorm and the ReLU6 behind it become one function (`cpu_batch_norm.py`). Strided depthwise convolutions leave
+    autocast: their gradient by the input takes oneDNN many times longer in bfloat16 than in float32. Grouped 1x1
+    convolutions multiply as dense ones with zeros between the groups: narrow groups take longer than the zeros do.
     """
     for module in model.modules():
+        if isinstance(module, BatchNormAct2d) and isinstance(module.act, (nn.ReLU6, nn.Identity)) and kernels():
+            module.forward = functools.partial(_batch_norm_forward, module)
         if type(module) is not nn.Conv2d or module.groups == 1:
             continue
         if module.groups < module.in_channels and module.kernel_size == (1, 1):
             module.forward = functools.partial(_dense_forward, module)  # type: ignore[method-assign]
         elif module.groups == module.in_channels and module.stride[0] > 1:
             module.forward = functools.partial(_float32_forward, module)  # type: ignore[method-assign]
+
+
+def _batch_norm_forward(module: BatchNormAct2d, x: torch.Tensor) -> torch.Tensor:
+    if not module.training or x.dtype not in kernels():
+        return type(module).forward(module, x)
+    statistics = (module.running_mean, module.running_var)
+    relu6 = isinstance(module.act, nn.ReLU6)
+    return batch_norm_act(x, module.weight, module.bias, *statistics, module.momentum, module.eps, relu6)
 
 
 def _dense_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

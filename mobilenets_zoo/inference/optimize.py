@@ -21,7 +21,7 @@ from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent,
 from mobilenets_zoo.lgc.layers import CondensedConv2d
 from mobilenets_zoo.models._base import ConvBn, MobileNetBase
 from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
-from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 __all__ = ["OptimizedNetwork", "optimize_for_inference"]
 
@@ -123,7 +123,7 @@ def _optimize_block(block: nn.Module, fit: Callable[[Convolution, int], Convolut
         FoldedConv2d(layers.depthwise, act=True),
         FoldedConv2d(fit(layers.projection, len(layers.expansion.weight)), act=False),
     ]
-    if isinstance(block.shuffle_out, ChannelShuffle):
+    if isinstance(block.shuffle_out, nn.ChannelShuffle):
         parts.append(copy.deepcopy(block.shuffle_out))
     shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None
     if isinstance(block.shortcut, nn.Conv2d | CondensedConv2d):  # condensed where to_learned_group_conv made it

@@ -14,7 +14,7 @@ from torch import nn
 from mobilenets_zoo.lgc.gather import ONNX_MIN_SAVED, gather_pays
 from mobilenets_zoo.lgc.layers import CondensedConv2d
 from mobilenets_zoo.models._base import ConvBn
-from mobilenets_zoo.models.mobilenetv2 import Bottleneck, ChannelShuffle
+from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 __all__ = [
     "Convolution",
@@ -120,7 +120,7 @@ def absorb_shuffle(layers: HiddenLayers, shuffle_groups: int) -> HiddenLayers:
 def hidden_layers(block: Bottleneck) -> HiddenLayers:
     """Returns a condensed bottleneck's convolutions with BatchNorm folded in and no shuffle between them."""
     layers = HiddenLayers(*(fold_batchnorm(part) for part in (block.expansion, block.depthwise, block.projection)))
-    if isinstance(block.shuffle_hidden, ChannelShuffle):
+    if isinstance(block.shuffle_hidden, nn.ChannelShuffle):
         layers = absorb_shuffle(layers, block.shuffle_hidden.groups)
     return layers
 

@@ -26,20 +26,6 @@ BLOCKS = ((16, 1, 1), (24, 2, 1), (32, 3, 1), (64, 4, 2), (96, 3, 1), (160, 3, 2
 CONV_KINDS = ("dense", "gc", "lgc")
 
 
-class ChannelShuffle(nn.Module):
-    """Interleaves the channels of `groups` groups, so that the next group convolution reads from all of them.
-
-    Channel j of group g goes to position j * groups + g (ShuffleNet, arXiv 1707.01083, section 3.1).
-    """
-
-    def __init__(self, groups: int):
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (self.groups, x.shape[1] // self.groups)).transpose(1, 2).flatten(1, 2)
-
-
 class Bottleneck(nn.Module):
     """Inverted residual: 1x1 expansion, 3x3 depthwise, linear 1x1 projection.
 
@@ -68,10 +54,10 @@ class Bottleneck(nn.Module):
     ):
         super().__init__()
         self.expansion = ConvBn(expansion, hidden_channels, **dd)
-        self.shuffle_hidden = ChannelShuffle(shuffle_groups[0]) if shuffle_groups[0] > 1 else nn.Identity()
+        self.shuffle_hidden = nn.ChannelShuffle(shuffle_groups[0]) if shuffle_groups[0] > 1 else nn.Identity()
         self.depthwise = ConvBn.dense(hidden_channels, hidden_channels, 3, stride, groups=hidden_channels, **dd)
         self.projection = ConvBn(projection, out_channels, act=False, **dd)
-        self.shuffle_out = ChannelShuffle(shuffle_groups[1]) if shuffle_groups[1] > 1 else nn.Identity()
+        self.shuffle_out = nn.ChannelShuffle(shuffle_groups[1]) if shuffle_groups[1] > 1 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.has_shortcut = shortcut and stride == 1
         widens = self.has_shortcut and in_channels != out_channels
