@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 
-from training.cpu_batch_norm import batch_norm_act, kernels
+from training.cpu_layers import LANES, batch_norm_act, depthwise_conv3x3, kernels
 
 __all__ = ["adapt_layers", "keep_freed_memory", "orthogonalize_in_float32"]
 
@@ -48,9 +48,10 @@ def orthogonalize_in_float32() -> Iterator[None]:
 def adapt_layers(model: nn.Module) -> None:
     """Changes how some convolutions compute, in place; parameters and outputs stay.
 
-    BatchNorm and the ReLU6 behind it become one function (`cpu_batch_norm.py`). Strided depthwise convolutions leave
-    autocast: their gradient by the input takes oneDNN many times longer in bfloat16 than in float32. Grouped 1x1
-    convolutions multiply as dense ones with zeros between the groups: narrow groups take longer than the zeros do.
+    BatchNorm and the ReLU6 behind it, and depthwise 3x3 convolutions in bfloat16, are those of `cpu_layers.py`. Other
+    strided depthwise convolutions leave autocast: their gradient by the input takes oneDNN many times longer in
+    bfloat16 than in float32. Grouped 1x1 convolutions multiply as dense ones with zeros between the groups: narrow
+    groups take longer than the zeros do.
     """
     for module in model.modules():
         if isinstance(module, BatchNormAct2d) and isinstance(module.act, (nn.ReLU6, nn.Identity)) and kernels():
@@ -59,6 +60,8 @@ def adapt_layers(model: nn.Module) -> None:
             continue
         if module.groups < module.in_channels and module.kernel_size == (1, 1):
             module.forward = functools.partial(_dense_forward, module)  # type: ignore[method-assign]
+        elif module.groups == module.in_channels and _is_plain_3x3(module) and kernels():
+            module.forward = functools.partial(_depthwise_forward, module)  # type: ignore[method-assign]
         elif module.groups == module.in_channels and module.stride[0] > 1:
             module.forward = functools.partial(_float32_forward, module)  # type: ignore[method-assign]
 
@@ -74,6 +77,24 @@ def _batch_norm_forward(module: BatchNormAct2d, x: torch.Tensor) -> torch.Tensor
 def _dense_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     blocks = torch.block_diag(*conv.weight.flatten(1).chunk(conv.groups))
     return F.conv2d(x, blocks[:, :, None, None], conv.bias, conv.stride)
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    """Whether `depthwise_conv3x3` can compute a depthwise convolution."""
+    shape = (conv.kernel_size, conv.padding, conv.dilation)
+    return (
+        shape == ((3, 3), (1, 1), (1, 1))
+        and conv.stride[0] == conv.stride[1]
+        and conv.out_channels == conv.in_channels
+        and conv.in_channels % LANES == 0
+        and conv.bias is None
+    )
+
+
+def _depthwise_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    if x.dtype is not torch.bfloat16:
+        return nn.Conv2d.forward(conv, x)
+    return depthwise_conv3x3(x, conv.weight, conv.stride[0])
 
 
 def _float32_forward(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

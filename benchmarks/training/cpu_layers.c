@@ -1,5 +1,5 @@
-// BatchNorm with ReLU6 for training, compiled by cpu_batch_norm.py: with VALUE_BITS 16 for bfloat16, 32 for float.
-// Activations are channels-last: matrices of rows (one per pixel) by channels. Each function does rows begin to end - 1.
+// Training layers for channels-last activations, compiled by cpu_layers.py: with VALUE_BITS 16 for bfloat16, 32 for float.
+// BatchNorm sees a matrix of rows, one per pixel, by channels. Each function does its rows or images begin to end - 1.
 #include <stdint.h>
 #include <string.h>
 
@@ -93,4 +93,58 @@ void gradient_of_x(int64_t begin, int64_t end, int64_t channels, int64_t relu6, 
             ds[c] = store(scale[c] * g + by_x[c] * v + constant[c]);
         }
     }
+}
+
+#define LANES 16  // channels that the loops below take at once
+
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+
+static inline lanes load_lanes(const value *v) {
+    lanes result;
+    for (int i = 0; i < LANES; i++) result[i] = load(v[i]);
+    return result;
+}
+
+// Gradients of a 3x3 depthwise convolution with padding 1, for the images begin to end - 1.
+//
+// x and dx are (images, height, width, channels), the gradient (images, rows, columns, channels) with
+// rows = (height - 1) / stride + 1, likewise the columns; channels is a multiple of LANES. The weight is
+// (3, 3, channels), and `dw` has one such gradient for each image. `space` holds 2 * (height + 2) * (width + 2) * LANES
+// floats for this call alone: both operands with a border of zeros, the gradient with zeros between its pixels as well
+// if the stride is above 1.
+void depthwise_gradients(int64_t begin, int64_t end, int64_t height, int64_t width, int64_t channels, int64_t stride,
+                         const value *restrict gradient, const value *restrict x, const float *restrict weight,
+                         value *restrict dx, float *restrict dw, lanes *restrict space) {
+    const int64_t rows = (height - 1) / stride + 1, columns = (width - 1) / stride + 1;
+    const int64_t line = width + 2, area = (height + 2) * line;
+    lanes *restrict xs = space, *restrict gs = space + area;
+    memset(space, 0, 2 * area * sizeof *space);
+    for (int64_t n = begin; n < end; n++)
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const value *from_x = x + n * height * width * channels + c;
+            for (int64_t h = 0; h < height; h++)
+                for (int64_t w = 0; w < width; w++)
+                    xs[(h + 1) * line + w + 1] = load_lanes(from_x + (h * width + w) * channels);
+            const value *from_g = gradient + n * rows * columns * channels + c;
+            for (int64_t h = 0; h < rows; h++)
+                for (int64_t w = 0; w < columns; w++)
+                    gs[(h * stride + 1) * line + w * stride + 1] = load_lanes(from_g + (h * columns + w) * channels);
+            lanes k[9], sum[9] = {{0}};
+            for (int i = 0; i < 9; i++) memcpy(&k[i], weight + i * channels + c, sizeof *k);
+            value *to = dx + n * height * width * channels + c;
+            for (int64_t h = 0; h < height; h++) {
+                const lanes *restrict xc = xs + (h + 1) * line + 1, *restrict gc = gs + (h + 1) * line + 1;
+                for (int64_t w = 0; w < width; w++) {
+                    lanes total = {0};
+                    for (int i = 0; i < 3; i++)
+                        for (int j = 0; j < 3; j++) {
+                            int64_t offset = (i - 1) * line + j - 1;
+                            total += k[3 * i + j] * gc[w - offset];
+                            sum[3 * i + j] += gc[w] * xc[w + offset];
+                        }
+                    for (int i = 0; i < LANES; i++) to[(h * width + w) * channels + i] = store(total[i]);
+                }
+            }
+            for (int i = 0; i < 9; i++) memcpy(dw + (9 * n + i) * channels + c, &sum[i], sizeof *sum);
+        }
 }

@@ -1,4 +1,4 @@
-"""The CPU training layer against PyTorch's."""
+"""The CPU training layers against PyTorch's."""
 
 import copy
 import functools
@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 from torch.nn import functional as F
-from training import cpu_batch_norm
+from training import cpu_layers
 from training.cpu import adapt_layers
-from training.cpu_batch_norm import batch_norm_act, kernels
+from training.cpu_layers import batch_norm_act, depthwise_conv3x3, kernels
 
 needs_compiler = pytest.mark.skipif(not kernels(), reason="no C compiler")
 
@@ -86,16 +86,60 @@ def test_not_a_number_stays_visible():
     assert not y[:, [0, 2, 3]].isnan().any()
 
 
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((4, 16, 8, 8), 1), ((3, 32, 7, 9), 1), ((3, 48, 7, 9), 2), ((2, 16, 8, 6), 2), ((2, 16, 10, 8), 3)],
+)
+def test_depthwise_conv3x3_agrees_with_pytorch(shape, stride, threads):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).bfloat16().requires_grad_(), torch.randn(shape[1], 1, 3, 3, requires_grad=True)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, 1, groups=shape[1])
+    grad = torch.randn(exact.shape).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = depthwise_conv3x3(x, weight, stride)
+        gradients = torch.autograd.grad(y, (x, weight), grad)
+    finally:
+        torch.set_num_threads(before)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=5e-2)
+    for ours, theirs, tolerance in zip(
+        gradients, torch.autograd.grad(exact, (x, weight), grad.double()), (5e-3, 1e-5), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_network_in_bfloat16_takes_the_layers(monkeypatch):
+    """And learns nearly the same: the gradients of both point the same way."""
+    torch.manual_seed(0)
+    plain = timm.create_model("mobilenetv1_w050_cifar100", num_classes=10).to(memory_format=torch.channels_last).train()
+    adapted = copy.deepcopy(plain)
+    calls = []
+    if kernels():
+        monkeypatch.setattr("training.cpu.depthwise_conv3x3", lambda *a: (calls.append(a), depthwise_conv3x3(*a))[1])
+    adapt_layers(adapted)
+    x, gradients = torch.randn(16, 3, 32, 32), []
+    for model in (plain, adapted):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).square().sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert len(calls) == (13 if kernels() else 0)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.9
+
+
 @pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"])
 @pytest.mark.parametrize("compiler", ["cc", "no-such-compiler"])
 def test_adapted_networks_learn_the_same(name, compiler, monkeypatch, capsys):
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr("training.cpu.kernels", functools.cache(cpu_batch_norm.kernels.__wrapped__))
+    monkeypatch.setattr("training.cpu.kernels", functools.cache(cpu_layers.kernels.__wrapped__))
     torch.manual_seed(0)
     plain = timm.create_model(name, width_mult=0.5, num_classes=10).to(memory_format=torch.channels_last).train()
     adapted, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     adapt_layers(adapted)
-    assert ("slower BatchNorm" in capsys.readouterr().err) == (compiler != "cc" or not kernels())
+    assert ("slower layers" in capsys.readouterr().err) == (compiler != "cc" or not kernels())
     assert list(adapted.state_dict()) == list(plain.state_dict())
     x, gradients = torch.randn(8, 3, 32, 32), []
     for model in (plain, adapted, exact):
