@@ -16,6 +16,9 @@ times at two speeds of the machine, pooled, have a median that falls on either. 
 "gc without shuffles" is mobilenetv2_gc_cifar100 as it would be if groups needed no mixing at all: what grouped
 convolutions alone can give, the limit for every learned form that is as small.
 
+"mobilenetv2_cifar100, width_mult=0.55" is the dense network narrowed to the multiply-adds of those whose 1x1 layers are
+all grouped.
+
 Models without weights get random weights and random finished masks, "weights" says which. Peers have random weights.
 """
 
@@ -53,6 +56,7 @@ PASSES = 3
 # Runs of each form that a pass makes even where they take longer than their share of time.
 PASS_ROUNDS = 2
 CALIBRATION_IMAGES = 64
+NARROW = 0.55  # width_mult at which the dense network has as many multiply-adds as those with groups everywhere
 
 # Prints the MiB by which a session and a run on one image raise a bare process's peak memory. Linux only; getrusage
 # would count the parent's memory, which a child inherits until it executes another program.
@@ -172,6 +176,11 @@ def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
             ceiling = without_shuffles(model)
             add("gc without shuffles", "plain", weights, ceiling, ceiling)
             add("gc without shuffles", "optimized", weights, mz.optimize_for_inference(ceiling), None)
+        if name == "mobilenetv2_cifar100":
+            torch.manual_seed(0)
+            narrow = with_random_batchnorm(timm.create_model(name, width_mult=NARROW)).eval()
+            for form, network in (("plain", narrow), ("optimized", mz.optimize_for_inference(narrow))):
+                add(f"{name}, width_mult={NARROW}", form, "random", network, None)
     for name, create in PEERS.items() if peers else ():
         torch.manual_seed(0)
         peer = with_random_batchnorm(create()).eval()

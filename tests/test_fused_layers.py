@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from training.fused_layers import batch_norm_act, depthwise_conv3x3, fuse_layers
 
 torch.manual_seed(0)
-for channels, size, count in ((16, 8, 4), (24, 7, 3), (144, 4, 2), (100, 5, 2)):
+for channels, size, count in ((24, 7, 3), (144, 4, 2), (100, 5, 2)):
     x = (torch.randn(count, channels, size, size) * 2 + 0.5).to(memory_format=torch.channels_last).requires_grad_()
     grad = torch.randn(count, channels, size, size)
     weight, bias = (torch.rand(channels) + 0.5).requires_grad_(), torch.randn(channels).requires_grad_()
@@ -34,15 +34,14 @@ for channels, size, count in ((16, 8, 4), (24, 7, 3), (144, 4, 2), (100, 5, 2)):
     for a, b in zip(*(torch.autograd.grad(out, (x, kernel), grad) for out in (y, z))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-for name in ("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_gc_cifar100"):
-    plain = timm.create_model(name, width_mult=0.25, num_classes=10).train()
-    fused = fuse_layers(copy.deepcopy(plain))
-    assert list(fused.state_dict()) == list(plain.state_dict())
-    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    for _ in ("training", "inference"):
-        a, b = plain(x), fused(x)
-        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
-        plain.eval(), fused.eval()
+plain = timm.create_model("mobilenetv2_lgc_gc_cifar100", width_mult=0.25, num_classes=10).train()
+fused = fuse_layers(copy.deepcopy(plain))
+assert list(fused.state_dict()) == list(plain.state_dict())
+x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+for _ in ("training", "inference"):
+    a, b = plain(x), fused(x)
+    assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    plain.eval(), fused.eval()
 """
 
 

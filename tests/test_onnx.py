@@ -1,6 +1,9 @@
 """ONNX files: equal outputs, metadata, atomic writing, int8, the command."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -176,20 +179,34 @@ def test_command_says_what_is_wrong(run, args, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def some_cifar100(cifar100, tmp_path_factory) -> Path:
+    """A folder with 600 of the training images and 2,000 of the test images."""
+    folder = tmp_path_factory.mktemp("some_cifar100")
+    for split, count in (("train", 600), ("test", 2000)):
+        table = pq.read_table(min(cifar100.rglob(f"{split}-*.parquet")))
+        pq.write_table(table.slice(0, count), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 @pytest.mark.cifar100
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(e.model, marks=slow_unless(e.model == WEIGHTS))
-        for e in map(mz.pretrained.default_entry, timm.list_models("*_cifar100"))
-    ],
-)
+def test_int8_loses_little_on_some_images(run, tmp_path, some_cifar100):
+    check_int8(run, WEIGHTS, tmp_path / "int8.onnx", some_cifar100, same_images=False)
+
+
+@pytest.mark.cifar100
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_int8_loses_little(run, name, tmp_path, cifar100):
-    code, out, err = run("export", name, tmp_path / "int8.onnx", "--condensed", "--int8", "--data", cifar100)
+    check_int8(run, name, tmp_path / "int8.onnx", cifar100, same_images=True)
+
+
+def check_int8(run, name: str, file: Path, data: Path, same_images: bool) -> None:
+    code, out, err = run("export", name, file, "--condensed", "--int8", "--data", data)
     assert code == 0, err
     words = out.split()
     int8, fp32 = (float(words[words.index(form) + 1]) for form in ("int8", "fp32"))
-    assert fp32 == pytest.approx(mz.pretrained.default_entry(name).top1, abs=0.05)
+    assert fp32 == pytest.approx(mz.pretrained.default_entry(name).top1, abs=0.05 if same_images else 3)
     # The smallest network changes its mind on 3 % of the images and lost 0.51 points.
     assert fp32 - 1 <= int8 < fp32 + 1
 
