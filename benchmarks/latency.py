@@ -191,12 +191,14 @@ def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
     return entries
 
 
-def export_all(entries: list[dict[str, Any]], folder: Path, progress: Progress) -> list[dict[str, Any]]:
+def export_all(
+    entries: list[dict[str, Any]], precisions: list[str], folder: Path, progress: Progress
+) -> list[dict[str, Any]]:
     """Writes an ONNX file per form and precision; returns rows with path, bytes and peak memory."""
     images = np.random.default_rng(0).integers(0, 256, (CALIBRATION_IMAGES, 32, 32, 3), dtype=np.uint8)
     files: list[dict[str, Any]] = []
     for entry in progress.track(entries, description="export"):
-        for precision in ("fp32", "int8"):
+        for precision in precisions:
             network = entry["network" if precision == "fp32" else "int8_network"]
             if network is None:
                 continue
@@ -288,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file; by default only a summary is printed")
     parser.add_argument("--models", nargs="+", default=timm.list_models("*_cifar100"), help="zoo models; default all")
     parser.add_argument("--runtimes", nargs="+", default=list(BATCHES), choices=list(BATCHES))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"], choices=("fp32", "int8"))
     parser.add_argument("--seconds", type=float, default=0.4, help="time per form and cell")
     parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args(argv)
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         # Eager first: in a process that has exported files and run other runtimes, every network takes longer in it.
         if "eager" in runtimes:
             rows += time_eager(entries, args.seconds, progress)
-        files = export_all(entries, Path(folder), progress)
+        files = export_all(entries, args.precisions, Path(folder), progress)
         if "onnxruntime" in runtimes:
             rows += time_files(files, "onnxruntime", args.seconds, progress)
         if "openvino" in runtimes:

@@ -19,7 +19,10 @@ from typing import Any
 
 import mobilenets_zoo as mz
 
-MODELS = ("mobilenetv1_w025_cifar100", "mobilenetv2_t1_cifar100", "mobilenetv2_lgc_cifar100")
+MODELS = (
+    *("mobilenetv1_w025_cifar100", "mobilenetv2_t1_cifar100"),
+    *("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"),
+)
 SOFT_LABELS = Path(__file__).resolve().parent / "teacher" / "soft_labels.safetensors"
 WAYS = {"one process, 2 threads": (1, 2), "two processes, 1 thread each": (2, 1)}
 
@@ -98,11 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="Parquet folder, torchvision root or Hub id")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a process")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--optimizer", default="nesterov")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--optimizer", default="nmuon")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)

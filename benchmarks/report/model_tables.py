@@ -178,7 +178,7 @@ ALIKE = {"after 5 epochs (%)": "kd_e5_r32", "after 30 (%)": "kd_cutmix_e30_r32"}
 
 
 def family_table(costs: dict[str, mz.Profile]) -> str:
-    weights, latency = default_weights(), load_latency()
+    weights, latency = default_weights(), load_result(RESULTS / "family_latency.json")
     alike: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}  # by model and width, by heading
     for file in (*sorted(RESULTS.glob("mobilenet*.json")), *sorted(EARLIER.glob("*/result.json"))):
         result = load_result(file)
@@ -195,10 +195,14 @@ def family_table(costs: dict[str, mz.Profile]) -> str:
         rows.append([f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", *cells])
     for (name, width), results in alike.items():
         any_result = next(iter(results.values()))[0]
-        size = [f"{any_result['params'] / 1e6:.3f}", f"{any_result['macs'] / 1e6:.1f}", "-"]
+        time = milliseconds(latency, model=f"{name}, width_mult={width:g}", **DEPLOYED)
+        size = [f"{any_result['params'] / 1e6:.3f}", f"{any_result['macs'] / 1e6:.1f}", f"{time:.2f}"]
         rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, *_top1s(results), "-", "-"])
     header = ["model", "params (M)", "MACs (M)", "ms", *ALIKE, "weight: epochs", "top-1 (%)"]
-    return markdown(header, rows)
+    env = latency["environment"]
+    source = f"Times on one core of an {env['device']} with ONNX Runtime {env['onnxruntime']}, all in one run; "
+    source += "where two figures stand, of two seeds."
+    return f"{markdown(header, rows)}\n\n{source}"
 
 
 def _top1s(results: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -1,10 +1,15 @@
 """Tables on how the weights were trained: teacher, tuning, the trainer's speed, fine-tuning."""
 
+import json
+import statistics
+
 from training.recipe import load_recipe
 
 from report.files import RESULTS, ROOT, load_result, markdown, read_log
 
 __all__ = ["finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
+
+LEARNED_SIDES = ("expansion", "projection")
 
 
 def teacher_table() -> str:
@@ -29,10 +34,21 @@ def tuning_table() -> str:
         recipe = load_recipe(path)
         log = read_log(ROOT / "benchmarks" / "logs" / "tuning" / f"{path.stem}.csv")
         last = [f"{float(log[-1][key]):.2f}" for key in ("train_top1", "holdout_top1")]
-        settings = [f"{recipe.lr:g}", f"{recipe.weight_decay:g}", str(recipe.batch_size), str(len(log))]
-        rows.append([f"`{recipe.model}`", *settings, *last])
-    header = ["model", "Muon's lr", "weight decay", "batch", "epochs", "training top-1 (%)", "held-out top-1 (%)"]
-    return markdown(header, rows)
+        optimizer = {"nmuon": "Muon", "adamw": "AdamW"}[recipe.optimizer]
+        settings = [optimizer, f"{recipe.lr:g}", f"{recipe.weight_decay:g}", " ".join(row["size"] for row in log)]
+        rows.append([f"`{recipe.model}`", *settings, *last, _hoyer_before_pruning(path.stem)])
+    header = ["model", "optimiser", "lr", "weight decay", "pixels", "training top-1 (%)", "held-out top-1 (%)"]
+    return markdown([*header, "Hoyer index"], rows)
+
+
+def _hoyer_before_pruning(name: str) -> str:
+    """Returns the mean Hoyer index of expansions and projections before a tuning run's first pruning stage."""
+    path = ROOT / "benchmarks" / "logs" / "tuning" / f"{name}.masks.json"
+    if not path.exists():
+        return "-"
+    indices = json.loads(path.read_text(encoding="utf-8"))[0]["hoyer_before"]
+    kinds = [[v for layer, values in indices.items() if kind in layer for v in values] for kind in LEARNED_SIDES]
+    return " / ".join(f"{statistics.mean(values):.3f}" for values in kinds)
 
 
 def train_speed_table() -> str:
