@@ -19,10 +19,7 @@ from typing import Any
 
 import mobilenets_zoo as mz
 
-MODELS = (
-    *("mobilenetv1_w025_cifar100", "mobilenetv2_t1_cifar100"),
-    *("mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"),
-)
+MODELS = ("mobilenetv1_w025_cifar100", "mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100")
 SOFT_LABELS = Path(__file__).resolve().parent / "teacher" / "soft_labels.safetensors"
 WAYS = {"one process, 2 threads": (1, 2), "two processes, 1 thread each": (2, 1)}
 
