@@ -195,8 +195,8 @@ def family_table(costs: dict[str, mz.Profile]) -> str:
         rows.append([f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", *cells])
     for (name, width), results in alike.items():
         any_result = next(iter(results.values()))[0]
-        time = milliseconds(latency, model=f"{name}, width_mult={width:g}", **DEPLOYED)
-        size = [f"{any_result['params'] / 1e6:.3f}", f"{any_result['macs'] / 1e6:.1f}", f"{time:.2f}"]
+        time = f"{milliseconds(latency, model=f'{name}, width_mult={width:g}', **DEPLOYED):.2f}"
+        size = [f"{any_result['params'] / 1e6:.3f}", f"{any_result['macs'] / 1e6:.1f}", time]
         rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, *_top1s(results), "-", "-"])
     header = ["model", "params (M)", "MACs (M)", "ms", *ALIKE, "weight: epochs", "top-1 (%)"]
     env = latency["environment"]
