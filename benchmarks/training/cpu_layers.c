@@ -95,8 +95,7 @@ void gradient_of_x(int64_t begin, int64_t end, int64_t channels, int64_t relu6, 
     }
 }
 
-#define LANES 16  // channels that the loops below take at once
-
+// LANES channels, which the loops below take at once; cpu_layers.py says how many.
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 
 static inline lanes load_lanes(const value *v) {

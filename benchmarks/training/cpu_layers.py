@@ -1,9 +1,9 @@
 """Training layers for CPUs in C, which the machine's own compiler translates at the first use.
 
 PyTorch normalises, copies and clips in passes of their own, and oneDNN's bfloat16 gradients of depthwise convolutions
-are slow: together more than half of a step, where 1x1 convolutions have matrix instructions. `batch_norm_act` reads its
-input twice and writes once in each direction, and keeps the input alone for the backward pass; `depthwise_conv3x3` has
-both gradients in one pass.
+are slow; where 1x1 convolutions have matrix instructions, these layers are most of the rest. `batch_norm_act` reads
+its input twice and writes once in each direction, and keeps the input alone for the backward pass; `depthwise_conv3x3`
+has both gradients in one pass.
 """
 
 import ctypes
@@ -43,7 +43,15 @@ def kernels() -> dict[torch.dtype, ctypes.CDLL]:
     with tempfile.TemporaryDirectory() as folder:
         for dtype, bits in BITS.items():
             library = Path(folder) / f"layers_{bits}.so"
-            command = [os.environ.get("CC", "cc"), *FLAGS, f"-DVALUE_BITS={bits}", str(SOURCE), "-o", str(library)]
+            command = [
+                os.environ.get("CC", "cc"),
+                *FLAGS,
+                f"-DVALUE_BITS={bits}",
+                f"-DLANES={LANES}",
+                str(SOURCE),
+                "-o",
+                str(library),
+            ]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 found[dtype] = ctypes.CDLL(str(library))
