@@ -83,7 +83,7 @@ class MobileNetV1(MobileNetBase):
 WEIGHTS = (
     "mobilenetv1_cifar100.kd_cutmix_e34_r32",
     "mobilenetv1_w050_cifar100.kd_cutmix_e90_r32",
-    "mobilenetv1_w025_cifar100.kd_cutmix_e90_r32",
+    "mobilenetv1_w025_cifar100.kd_cutmix_e54_r32",
     "mobilenetv1_w025_cifar100.sgd_e36_r32",
 )
 
