@@ -3,6 +3,9 @@
 timm's own test suite runs on the same models in .ci/run; what stands here is what it leaves out.
 """
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -201,13 +204,25 @@ def test_compile_fullgraph_with_inductor(name):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", LGC_MODELS)
-def test_condensed_models_compile_in_torchscript(name):
-    model = with_lively_statistics(deployed(name))
+SCRIPTED = """
+import sys, timm, torch, mobilenets_zoo
+
+for name in sys.argv[1:]:
+    model = timm.create_model(name, pretrained=True, condensed=True).eval()
     scripted = torch.jit.script(model)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
-        assert torch.equal(scripted(x), model(x))
+        with torch.no_grad():
+            assert torch.equal(scripted(x), model(x)), (name, memory_format)
+    print(name)
+"""
+
+
+def test_condensed_models_compile_in_torchscript():
+    # In a process of its own: TorchScript knows its built-ins by id(), and some of those that Inductor's import
+    # registers die at once, so that a layer's attribute that lands at such an address passes for a built-in.
+    result = subprocess.run([sys.executable, "-c", SCRIPTED, *LGC_MODELS], capture_output=True, text=True, timeout=280)
+    assert result.stdout.split() == LGC_MODELS, result.stderr
 
 
 def test_width_and_expansion_are_constructor_arguments():
