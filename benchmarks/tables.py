@@ -35,7 +35,7 @@ from report.model_tables import (
     state,
     weights_table,
 )
-from report.training_tables import finetune_table, teacher_table, train_speed_table, tuning_table
+from report.training_tables import finetune_table, once_more_table, teacher_table, train_speed_table, tuning_table
 
 import mobilenets_zoo as mz
 
@@ -68,6 +68,7 @@ def generated() -> dict[Path, str]:
         (docs / "lgc.md", "family", family_table(costs)),
         (docs / "training.md", "teacher", teacher_table()),
         (docs / "training.md", "tuning", tuning_table()),
+        (docs / "training.md", "once-more", once_more_table()),
         (docs / "training.md", "train-speed", train_speed_table()),
         (docs / "design.md", "layer-latency", layer_table()),
         (docs / "condensing.md", "latency-summary", summary_table()),

@@ -84,6 +84,7 @@ class Figure:
 
 
 def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
+    figure.set_size_inches(7.0, 5.4)
     axes = figure.add_subplot()
     for _, macs, top1 in data["published"]:
         axes.plot(macs, top1, "s", color=PEERS, markersize=5)
@@ -104,11 +105,23 @@ def label(axes: Any, points: list[tuple[list[Any], str, int]]) -> None:
     """Names points (name, x, y) in a colour and a font size, moved apart so that no name covers another."""
     from adjustText import adjust_text
 
-    texts = [axes.text(x, y, name, color=color, fontsize=size) for (name, x, y), color, size in points]
+    centred = dict(ha="center", va="center")  # on its point, from where it may move to any side
+    texts = [axes.text(x, y, name, color=color, fontsize=size, **centred) for (name, x, y), color, size in points]
     marks = axes.get_lines()
     xs, ys = (np.concatenate([line.get_data()[axis] for line in marks]) for axis in (0, 1))
     arrows = dict(arrowstyle="-", color="#aaaaaa", linewidth=0.6)
-    adjust_text(texts, xs, ys, ax=axes, expand=(1.1, 1.3), arrowprops=arrows)
+    force = (0.3, 0.5)
+    adjust_text(
+        texts,
+        xs,
+        ys,
+        ax=axes,
+        expand=(1.2, 1.5),
+        iter_lim=1000,
+        force_static=force,
+        force_text=force,
+        arrowprops=arrows,
+    )
 
 
 def draw_accuracy_against_latency(figure: Any, data: Any) -> None:

@@ -5,9 +5,10 @@ import statistics
 
 from training.recipe import load_recipe
 
-from report.files import RESULTS, ROOT, load_result, markdown, read_log
+from report.files import EARLIER, RESULTS, ROOT, load_result, markdown, read_log
+from report.model_tables import default_weights
 
-__all__ = ["finetune_table", "teacher_table", "train_speed_table", "tuning_table"]
+__all__ = ["finetune_table", "once_more_table", "teacher_table", "train_speed_table", "tuning_table"]
 
 LEARNED_SIDES = ("expansion", "projection")
 
@@ -49,6 +50,26 @@ def _hoyer_before_pruning(name: str) -> str:
     indices = json.loads(path.read_text(encoding="utf-8"))[0]["hoyer_before"]
     kinds = [[v for layer, values in indices.items() if kind in layer for v in values] for kind in LEARNED_SIDES]
     return " / ".join(f"{statistics.mean(values):.3f}" for values in kinds)
+
+
+def once_more_table() -> str:
+    """Returns what came of networks that went on learning from their own finished weights."""
+    files = (*sorted(RESULTS.glob("mobilenet*.json")), *sorted(EARLIER.glob("*/result.json")))
+    results = {f"{r['model']}.{r['tag']}": r for r in map(load_result, files)}
+    weights = default_weights()
+    rows = []
+    for result in results.values():
+        recipe, model = result["recipe"], result["model"]
+        start = results.get(recipe["init_from"])
+        if start is None or start["model"] != model or recipe["model_args"]:
+            continue
+        kept = "yes" if result["tag"] == weights[model].tag else "no"
+        settings = [recipe["epochs"], f"{recipe['lr']:g}", f"{recipe['cutmix']:g}", f"{recipe['weight_decay']:g}"]
+        measured = [f"{r['evaluation']['top1']:.2f} ({r['evaluation']['loss']:.3f})" for r in (start, result)]
+        rows.append([f"`{model}`", *map(str, settings), *measured, kept])
+    rows.sort(key=lambda row: (-int(row[1]), row[0]))
+    header = ["model", "epochs", "lr", "CutMix", "weight decay", "before: top-1 (loss)", "after", "kept"]
+    return markdown(header, rows)
 
 
 def train_speed_table() -> str:
