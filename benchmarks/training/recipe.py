@@ -62,22 +62,22 @@ class Recipe:
     init_sha256: str = ""
     pretraining: str = ""
     seed: int = 0
-    batch_size: int = 128
-    optimizer: str = "nesterov"
-    lr: float = 0.1
-    warmup_epochs: float = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    ema_decay: float = 0.0
-    bn_batches: int = 0
+    batch_size: int = 256
+    optimizer: str = "nmuon"
+    lr: float = 0.02
+    warmup_epochs: float = 0.5
+    momentum: float = 0.95
+    weight_decay: float = 0.03
+    ema_decay: float = 0.998
+    bn_batches: int = 50
     crop_padding: int = 4
-    cutmix: float = 0.0
-    sizes: tuple[tuple[float, int], ...] = ((1.0, 32),)
+    cutmix: float = 0.5
+    sizes: tuple[tuple[float, int], ...] = ((0.6, 24), (0.4, 32))
     precision: str = "bf16"
-    soft_labels: str = ""
+    soft_labels: str = "runs/efficientnet_lite2.cutmix_e8_r160/soft_labels.safetensors"
     temperature: float = 2.0
-    ce_weight: float = 1.0
-    kd_weight: float = 0.0
+    ce_weight: float = 0.1
+    kd_weight: float = 0.9
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
