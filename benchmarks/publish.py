@@ -57,7 +57,10 @@ def build_folder(entry: WeightEntry, folder: Path, namespace: str) -> None:
         forms += [{"condensed": True}, {"condensed": False}]
     for form in forms:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, **form).eval()
-        mz.check_equivalent(model, loaded, images)
+        try:
+            mz.check_equivalent(model, loaded, images)
+        except ValueError as error:
+            raise ValueError(f"the folder built for {entry.name} loads as another network: {error}") from error
 
 
 def model_card(entry: WeightEntry, namespace: str) -> str:

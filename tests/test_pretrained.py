@@ -120,25 +120,15 @@ def test_an_unknown_tag_is_refused():
         timm.create_model(f"{ENTRIES[0].model}.no_such_tag", pretrained=True)
 
 
-@pytest.mark.slow
 @pytest.mark.cifar100
+@pytest.mark.parametrize(("images", "tolerance"), [(100, 13), pytest.param(10_000, 0.05, marks=pytest.mark.slow)])
 @each_entry
-def test_accuracy_on_all_test_images(entry, test_images):
-    from mobilenets_zoo.evaluation import evaluate
-
-    model = timm.create_model(entry.name, pretrained=True).to(memory_format=torch.channels_last)
-    assert evaluate(model, test_images).top1 == pytest.approx(entry.top1, abs=0.05)
-
-
-@pytest.mark.cifar100
-@each_entry
-def test_accuracy_on_a_part_of_the_test_images(entry, test_images):
-    from mobilenets_zoo.evaluation import evaluate
-
-    part = test_images.subset(np.arange(100))
+def test_accuracy_on_the_test_images(entry, images, tolerance, test_images):
+    """Of a part of them to three standard deviations."""
+    part = test_images.subset(np.arange(images))
     assert part.classes == mz.CIFAR100_CLASSES
-    model = timm.create_model(entry.name, pretrained=True)
-    assert evaluate(model, part).top1 == pytest.approx(entry.top1, abs=13)  # three standard deviations
+    model = timm.create_model(entry.name, pretrained=True).to(memory_format=torch.channels_last)
+    assert mz.evaluation.evaluate(model, part).top1 == pytest.approx(entry.top1, abs=tolerance)
 
 
 # Files that aren't what they should be
@@ -285,18 +275,15 @@ def test_an_overlay_without_a_source_keeps_the_bundled_weights():
     assert same(model, timm.create_model(SMALL.model, pretrained=True))
 
 
-@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
-def test_local_dir_loads_masked_and_condensed(tmp_path, name):
-    model = with_random_masks(timm.create_model(name))
-    with_lively_statistics(model)
+@pytest.mark.parametrize("condensed", [None, True, False])
+def test_local_dir_loads_in_every_form(tmp_path, condensed):
+    """A learned network is condensed unless asked otherwise: the form of the file."""
+    model = with_lively_statistics(with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100")))
     mz.save_weights(model, tmp_path / "model.safetensors")
     pretrained.write_config(model, tmp_path / "config.json")
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, condensed=condensed).eval()
+    assert any(isinstance(m, mz.CondensedConv2d) for m in loaded.modules()) == (condensed is not False)
     mz.check_equivalent(loaded, with_half_weights(model), SAMPLE)
-    if name in LGC_MODELS:
-        condensed = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, condensed=True).eval()
-        assert any(isinstance(m, mz.CondensedConv2d) for m in condensed.modules())
-        mz.check_equivalent(loaded, condensed, SAMPLE)
 
 
 def with_half_weights(model: torch.nn.Module) -> torch.nn.Module:
