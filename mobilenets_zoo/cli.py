@@ -1,4 +1,4 @@
-"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | publish`."""
+"""The command line: `mobilenets-zoo list | info | predict | evaluate | export`."""
 
 import json
 import sys
@@ -232,41 +232,6 @@ def export(name: str, file: Path, condensed: bool, with_preprocessing: bool, int
     except ValueError as error:
         raise InputError(str(error)) from error
     click.echo("\n".join(lines))
-
-
-@cli.command()
-@click.argument("name", required=False)
-@click.option("--all", "publish_all", is_flag=True, help="Publish every model that has weights.")
-@click.option("--namespace", default="mobilenets-zoo", show_default=True, help="User or organisation on the Hub.")
-@click.option("--dry-run", type=click.Path(path_type=Path), metavar="DIR", help="Write the folder, upload nothing.")
-def publish(name: Optional[str], publish_all: bool, namespace: str, dry_run: Optional[Path]) -> None:
-    """Upload a model's weights, configuration and card to the Hugging Face Hub."""
-    from mobilenets_zoo.hub import publish as hub
-
-    if bool(name) == publish_all:
-        raise InputError("give either the NAME of a model or --all")
-    if name:
-        _check_name(name)
-        entries = [mz.pretrained.default_entry(name)]
-    else:
-        entries = hub.in_publishing_order(mz.manifest().values())
-    lines = []
-    try:
-        with progress_bar() as progress:
-            for entry in progress.track(entries, description="publish"):
-                if dry_run is not None:
-                    folder = dry_run / entry.name if publish_all else dry_run
-                    lines.append(f"{entry.name}: wrote {hub.build_folder(entry, folder, namespace)}")
-                    continue
-                revision, changed = hub.publish(entry, namespace)
-                lines.append(f"{entry.name}: {'published' if changed else 'unchanged'}, {namespace} at {revision}")
-                if entry.hub_id == f"{namespace}/{entry.model}" and entry.revision != revision:
-                    hub.record_revision(entry, revision)
-    except hub.PublishError as error:
-        raise InputError(str(error)) from error
-    finally:
-        for line in lines:
-            click.echo(line)
 
 
 def _read_image(source: str) -> Any:

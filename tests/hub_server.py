@@ -51,15 +51,15 @@ class Hub:
         repositories: by "namespace/name".
         objects: LFS objects by sha256.
         fault: what goes wrong with downloads, see `Handler.download`; None for nothing.
-        write_fault: HTTP status that every write answers with; None for none.
         requests: "METHOD path" of everything asked.
+        token: what a client must show to write.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     fault: str | None = None
-    write_fault: int | None = None
     requests: list[str] = field(default_factory=list)
+    token: str = TOKEN
     url: str = ""
 
 
@@ -70,29 +70,18 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.route()
-
     def do_GET(self) -> None:
-        self.route()
-
-    def do_POST(self) -> None:
-        self.route()
-
-    def do_PUT(self) -> None:
-        self.route()
-
-    def route(self) -> None:
+        """Answers every kind of request."""
         self.path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {self.path}")
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked" and not self.body:
             self.body = self.read_chunks()
-        if self.command in ("POST", "PUT"):
-            if self.hub.write_fault:
-                return self.json({"error": "fault"}, self.hub.write_fault)
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not self.path.startswith("/lfs/"):
-                return self.json({"error": "Invalid username or password."}, 401)
+        writes = self.command in ("POST", "PUT") and not self.path.startswith("/lfs/")
+        if writes and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.json({"error": "Invalid username or password."}, 401)
+        if self.hub.fault == "HTML page":
+            return self.respond(b"<html>Please log in</html>", 200, {"Content-Type": "text/html"})
         routes = [
             (r"/api/repos/create", self.create_repo),
             (r"/api/validate-yaml", self.validate_yaml),
@@ -112,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, self.path):
                 return function(*match.groups())
         return self.json({"error": f"no route {self.path}"}, 404)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def read_chunks(self) -> bytes:
         data = b""
@@ -137,18 +128,20 @@ class Handler(BaseHTTPRequestHandler):
 
     # Reading
 
-    def repo_info(self, repo: str, revision: str = "main") -> None:
-        if repo not in self.hub.repositories:
+    def find(self, repo: str, revision: str) -> Commit | None:
+        """Returns a commit, or answers that there is none."""
+        if repo not in self.hub.repositories or self.hub.fault == "no repository":
             return self.missing("RepoNotFound")
         commit = self.hub.repositories[repo].at(revision)
-        if commit is None:
+        if commit is None or self.hub.fault == "no revision":
             return self.missing("RevisionNotFound")
-        siblings = [{"rfilename": name} for name in sorted(commit.files)]
-        self.json({"id": repo, "modelId": repo, "sha": commit.oid, "siblings": siblings, "tags": [], "private": False})
+        return commit
+
+    def repo_info(self, repo: str, revision: str = "main") -> None:
+        if commit := self.find(repo, revision):
+            self.json({"id": repo, "sha": commit.oid, "tags": [], "private": False})
 
     def refs(self, repo: str) -> None:
-        if repo not in self.hub.repositories:
-            return self.missing("RepoNotFound")
         repository = self.hub.repositories[repo]
         main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repository.commits[-1].oid}
         tags = [{"name": k, "ref": f"refs/tags/{k}", "targetCommit": v} for k, v in repository.tags.items()]
@@ -158,68 +151,63 @@ class Handler(BaseHTTPRequestHandler):
         commit = self.hub.repositories[repo].at(revision)
         assert commit is not None
         infos = []
-        for path in parse_qs(self.body.decode()).get("paths", []):
-            if path in commit.files:
-                data = commit.files[path]
-                info = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
-                if is_lfs(path):
-                    info["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
-                infos.append(info)
+        for path in parse_qs(self.body.decode())["paths"]:
+            data = commit.files[path]
+            lfs = {"oid": sha256(data), "size": len(data), "pointerSize": 130} if is_lfs(path) else None
+            infos.append({"type": "file", "path": path, "size": len(data), "oid": git_oid(data), "lfs": lfs})
         self.json(infos)
 
     def download(self, repo: str, revision: str, path: str) -> None:
         """Serves a file, or the fault that is switched on."""
         fault = self.hub.fault
-        if fault == "no repository" or repo not in self.hub.repositories:
-            return self.missing("RepoNotFound")
         if fault in ("401", "403"):
             return self.json({"error": "gated"}, int(fault), X_Error_Code="GatedRepo", X_Error_Message="gated")
         if fault in ("500", "503"):
             return self.json({"error": "fault"}, int(fault))
-        if fault == "silent":
-            time.sleep(8)
-            return self.close()
-        commit = self.hub.repositories[repo].at(revision)
-        if commit is None or fault == "no revision":
-            return self.missing("RevisionNotFound")
+        if fault in ("silent", "dripping headers"):
+            return self.drip(b"HTTP/1.1 200 " if fault != "silent" else b"", fault)
+        commit = self.find(repo, revision)
+        if commit is None:
+            return None
         if path not in commit.files or fault == "no file":
             return self.json({"error": "EntryNotFound"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit.oid)
         data = commit.files[path]
-        if fault == "altered":
-            data = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
-        elif fault == "shorter":
-            data = data[:-100]
-        elif fault == "longer":
-            data = data + b"\0" * 8
+        altered = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+        data = {"altered": altered, "shorter": data[:-100], "longer": data + b"\0" * 8}.get(fault, data)
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{sha256(data)}"', "Accept-Ranges": "bytes"}
-        if fault == "etag":
-            headers["ETag"] = '"../../../outside"'
-        if fault == "commit":
-            headers["X-Repo-Commit"] = "../../outside"
+        headers |= {"etag": {"ETag": '"../../../outside"'}, "commit": {"X-Repo-Commit": "../../outside"}}.get(fault, {})
         if fault == "redirect":
             headers |= {"Location": f"{self.hub.url}/elsewhere/{path}", "X-Linked-ETag": headers["ETag"]}
             headers["X-Linked-Size"] = str(len(data))
             return self.respond(b"", 302, headers)
         start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        if self.command == "GET" and fault in ("cut", "slow"):
+        if self.command == "GET" and fault in ("cut", "slow", "stalling", "dripping"):
             self.send_response(200)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if fault == "cut":
-                self.wfile.write(data[start : start + 1000])
-                return self.close()
-            for place in range(0, len(data), 1 + len(data) // 20):
-                self.wfile.write(data[place : place + 1 + len(data) // 20])
-                self.wfile.flush()
-                time.sleep(0.05)
-            return None
+            if fault == "slow":
+                for place in range(0, len(data), 1 + len(data) // 20):
+                    self.wfile.write(data[place : place + 1 + len(data) // 20])
+                    time.sleep(0.05)
+                return None
+            self.wfile.write(data[start : start + 1000])
+            return self.close() if fault == "cut" else self.drip(b"", fault)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.respond(data[start:], 206 if start else 200, headers)
 
     def elsewhere(self, path: str) -> None:
         self.respond(b"something else entirely" * 100, 200, {"ETag": '"elsewhere"'})
+
+    def drip(self, first: bytes, fault: str) -> None:
+        """Holds the connection while the fault lasts, with a byte now and then if it is a dripping one."""
+        with contextlib.suppress(OSError):
+            self.wfile.write(first)
+            while self.hub.fault == fault:
+                time.sleep(0.1)
+                self.wfile.write(b"x" if "dripping" in fault else b"")
+            self.close()
 
     def close(self) -> None:
         self.close_connection = True
@@ -246,12 +234,9 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo: str, revision: str) -> None:
         files = self.hub.repositories[repo].commits[-1].files
         rows = []
-        for row in json.loads(self.body)["files"]:
-            path = row["path"]
-            oid = None
-            if path in files:
-                oid = sha256(files[path]) if is_lfs(path) else git_oid(files[path])
-            mode = "lfs" if is_lfs(path) else "regular"
+        for path in (row["path"] for row in json.loads(self.body)["files"]):
+            mode, digest = ("lfs", sha256) if is_lfs(path) else ("regular", git_oid)
+            oid = digest(files[path]) if path in files else None
             rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.json({"files": rows})
 
@@ -283,12 +268,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def tag(self, repo: str, revision: str) -> None:
         repository, name = self.hub.repositories[repo], json.loads(self.body)["tag"]
-        if name in repository.tags:
-            return self.json({"error": "exists"}, 409)
         commit = repository.at(revision)
         assert commit is not None
+        assert name not in repository.tags
         repository.tags[name] = commit.oid
-        return self.json({})
+        self.json({})
 
 
 def is_lfs(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The code that README and model cards show runs as shown."""
+"""The code that README and docs show runs as shown."""
 
 import re
 import shlex
@@ -7,14 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from PIL import Image
-
-from mobilenets_zoo import pretrained
-from mobilenets_zoo.hub.publish import build_folder
-
-
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -59,29 +51,6 @@ def test_links_and_images_exist(path):
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
-
-
-QUICK = ("mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100")
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(entry, id=entry.name, marks=() if entry.model in QUICK else pytest.mark.slow)
-        for entry in pretrained.manifest().values()
-    ],
-)
-def test_card_code_runs(entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All blocks of a card in one session, with the built folder in the repository's place."""
-    folder = build_folder(entry, tmp_path / "repository")
-    Image.new("RGB", (50, 40), "green").save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    blocks = python_blocks((folder / "README.md").read_text())
-    assert len(blocks) >= 5
-    for block in blocks:
-        exec(compile(re.sub(rf"hf-hub:{entry.hub_id}(@\w+)?", f"local-dir:{folder}", block), "card", "exec"), names)
-    assert (tmp_path / "model.onnx").is_file()
 
 
 def test_the_map_names_every_file():

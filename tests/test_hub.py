@@ -1,198 +1,232 @@
-"""Publishing into and downloading from a Hub on the loopback interface, with the real client in fresh processes.
+"""Publishing into and downloading from a Hub on the loopback interface, with the real client.
 
-The client reads its settings at import, so everything that talks to the server runs in a process of its own.
+The client reads its settings at import, so what talks to the server runs in a process of its own, one for all tests.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import io
 import json
+import multiprocessing
 import os
+import re
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import publish
 import pytest
 import timm
 import torch
-from conftest import LGC_MODELS, ROOT, with_lively_statistics, with_random_masks
-from hub_server import TOKEN, Repository, serve
+from conftest import ROOT
+from hub_server import TOKEN, Hub, Repository, serve
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
 
 import mobilenets_zoo as mz
 from mobilenets_zoo import pretrained
-from mobilenets_zoo.hub import publish
-from mobilenets_zoo.hub.publish import PublishError, build_folder
 
 ENTRY = pretrained.default_entry("mobilenetv1_w025_cifar100")
+OTHER = pretrained.manifest()["mobilenetv1_w025_cifar100.sgd_e36_r32"]
+LEARNED = pretrained.default_entry("mobilenetv2_lgc_cifar100")
 REPO = f"mobilenets-zoo/{ENTRY.model}"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_folder(ENTRY, tmp_path_factory.mktemp("dry-run"))
+def folders(tmp_path_factory) -> Callable[[str], Path]:
+    """What is published of a weight."""
+    root = tmp_path_factory.mktemp("folders")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            assert publish.main([name, "--dry-run", str(root / name)]) == 0
+        return root / name
+
+    return folder
 
 
-@pytest.fixture
-def hub(folder):
-    """A server that has the published repository already."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     with serve() as hub:
         yield hub
 
 
+@contextlib.contextmanager
+def process(url: str, home: Path, **settings: str) -> Iterator[Callable[..., Any]]:
+    """Yields `call(function, *arguments)`, which runs in a process that knows only the loopback Hub."""
+    settings = {
+        "HF_TOKEN": TOKEN,
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_OFFLINE": "0",
+        **settings,
+    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            pool.submit(os.getpid).result(timeout=100)
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=100)
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    with process(server.url, tmp_path_factory.mktemp("home")) as call:
+        yield call
+
+
 @pytest.fixture
-def published(hub, folder):
-    repository = Repository()
-    oid = repository.commit({path.name: path.read_bytes() for path in folder.iterdir()})
+def hub(server) -> Iterator[Hub]:
+    """The empty Hub without a fault."""
+    server.repositories.clear()
+    server.requests.clear()
+    yield server
+    server.fault, server.token = None, TOKEN
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """A weights folder with two tags of one model, neither published."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    rows = json.loads((pretrained.WEIGHTS_DIR / "manifest.json").read_text())
+    for entry in (OTHER, ENTRY):
+        shutil.copy(pretrained.WEIGHTS_DIR / entry.file, folder)
+    rows = {entry.name: rows[entry.name] | {"revision": None} for entry in (OTHER, ENTRY)}
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def published(hub, folders, weights) -> Hub:
+    """The Hub with the default weight, whose commit is in the manifest."""
+    repository = hub.repositories[REPO] = Repository()
+    oid = repository.commit({path.name: path.read_bytes() for path in folders(ENTRY.model).iterdir()})
     repository.tags[ENTRY.tag] = oid
-    hub.repositories[REPO] = repository
-    hub.revision = oid
+    rows = json.loads((weights / "manifest.json").read_text())
+    rows[ENTRY.name]["revision"] = oid
+    (weights / "manifest.json").write_text(json.dumps(rows))
     return hub
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the package, whose manifest a test may change."""
-    target = tmp_path / "project"
-    ignore = shutil.ignore_patterns("__pycache__", ".*", "teacher")
-    for name in ("mobilenets_zoo", "benchmarks"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    manifest = target / "mobilenets_zoo" / "weights" / "manifest.json"
-    rows = {ENTRY.name: json.loads(manifest.read_text())[ENTRY.name]}  # `--all` would take minutes with all of them
-    manifest.write_text(json.dumps(rows))
-    return target
+# What runs in the other process
 
 
-def run(hub, project: Path, program: str, *, home: Path | None = None, token: str = TOKEN, **env: str):
-    """Runs a program in a process that knows only the loopback Hub."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home or project / "home"),
-        "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(project),
-        "OMP_NUM_THREADS": "1",
-        **env,
-    }
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment,
-        cwd=project,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def use(weights: Path, source: str = "") -> None:
+    os.environ[pretrained.SOURCE_VARIABLE] = source
+    pretrained.WEIGHTS_DIR = weights
+    pretrained.manifest.cache_clear()
 
 
-CLI = "import sys; sys.argv = ['mobilenets-zoo', *{arguments}]; from mobilenets_zoo.cli import main; main()"
+def load(weights: Path, cache: Path, source: str = "hub", seconds: float = 30, file_limit: int = -1) -> str:
+    """Returns where the weight came from, or the error."""
+    use(weights, source)
+    pretrained.HUB_SECONDS = seconds
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
+    try:
+        model = timm.create_model(ENTRY.model, pretrained=True, cache_dir=str(cache))
+    except mz.WeightsError as error:
+        return f"error: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    return "bundled" if Path(model.pretrained_cfg["file"]).is_relative_to(weights) else "hub"
 
 
-def command(hub, project: Path, *arguments: str, **kwargs):
-    return run(hub, project, CLI.format(arguments=list(arguments)), **kwargs)
+def load_at_once(weights: Path, cache: Path) -> set[str]:
+    with ThreadPoolExecutor(4) as pool:
+        return set(pool.map(load, [weights] * 4, [cache] * 4))
 
 
-def publish_revision(project: Path, revision: str) -> None:
-    path = project / "mobilenets_zoo" / "weights" / "manifest.json"
-    rows = json.loads(path.read_text())
-    rows[ENTRY.name]["revision"] = revision
-    path.write_text(json.dumps(rows))
+def run_publish(weights: Path, *arguments: str) -> tuple[int, str, str]:
+    use(weights)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = publish.main(list(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+
+def logits(*names: str) -> list[list[float]]:
+    images = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    return [timm.create_model(name, pretrained=True).eval()(images)[0].tolist() for name in names]
 
 
 # The folder and the card
 
 
-def test_the_folder_holds_three_files_and_loads(folder):
+def test_the_folder_holds_three_files_and_loads(folders):
+    folder = folders(ENTRY.model)
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert (folder / "model.safetensors").read_bytes() == (pretrained.WEIGHTS_DIR / ENTRY.file).read_bytes()
     config = json.loads((folder / "config.json").read_text())
-    assert config["architecture"] == ENTRY.model
-    assert config["num_classes"] == 100
+    assert (config["architecture"], config["num_classes"]) == (ENTRY.model, 100)
     assert config["label_names"] == list(mz.CIFAR100_CLASSES)
     assert str(ROOT) not in (folder / "config.json").read_text()
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5).num_classes == 5
-    if ENTRY.model in LGC_MODELS:
-        timm.create_model(f"local-dir:{folder}", pretrained=True, condensed=True)
 
 
-def test_the_card_says_what_a_visitor_needs(folder):
-    card = ModelCard.load(folder / "README.md")
-    data = card.data
-    front_matter = data.to_dict()
-    expected = {"library_name": "timm", "pipeline_tag": "image-classification", "license": "mit"}
-    assert {key: front_matter[key] for key in expected} == expected
-    assert data.datasets == ["uoft-cs/cifar100"]
-    values = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert values["Top-1 accuracy (%)"] == ENTRY.top1
+@pytest.mark.parametrize("entry", [ENTRY, OTHER, LEARNED], ids=lambda entry: entry.name)
+def test_the_card_says_what_a_visitor_needs(entry, folders):
+    """A second tag's card names the tag: the main branch holds the default weight."""
+    card = ModelCard.load(folders(entry.model if entry != OTHER else entry.name) / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+    assert (card.data.license, card.data.datasets) == ("mit", ["uoft-cs/cifar100"])
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values == {"Top-1 accuracy (%)": entry.top1, "Top-5 accuracy (%)": entry.top5}
+    repo = f"mobilenets-zoo/{entry.model}" + (f"@{entry.tag}" if entry == OTHER else "")
+    created = entry.name if entry == OTHER else entry.model
     code = card.text[card.text.index("```python") :].splitlines()
     assert code[1].startswith("import timm, mobilenets_zoo")
-    assert code[2] == f'model = timm.create_model("hf-hub:{REPO}", pretrained=True).eval()'
-    for text in (
-        f"{ENTRY.params:,}",
-        f"{ENTRY.macs:,}",
-        ENTRY.sha256,
-        ENTRY.recipe,
-        "limits and biases",
-        "bibtex",
-        "ms |",
-    ):
+    assert code[2] == f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()'
+    for text in (f"{entry.params:,}", f"{entry.macs:,}", entry.sha256, entry.recipe, f'create_model("{created}"'):
         assert text in card.text
-    assert ("## Condense" in card.text) == (ENTRY.model in LGC_MODELS)
-    assert (ENTRY.taught_by or "CIFAR-100 alone") in card.text
+    assert ("condensed=False" in card.text) == (entry == LEARNED)
+    assert ("Apache" in card.text) == (entry.taught_by is not None)
+    assert (entry.taught_by or "CIFAR-100 alone") in card.text
+    assert "<!--" not in card.text
+    assert "$" not in card.text
 
 
-def test_a_second_tag_is_published_first_and_its_card_names_it(tmp_path):
-    """The main branch must end with the default weight."""
-    names = [entry.name for entry in publish.in_publishing_order(pretrained.manifest().values())]
-    assert sorted(names) == sorted(pretrained.manifest())
-    other = pretrained.manifest()["mobilenetv2_t1_cifar100.sgd_e24_r32"]
-    default = pretrained.default_entry(other.model)
-    assert names.index(other.name) < names.index(default.name)
-    text = (build_folder(other, tmp_path / "other") / "README.md").read_text(encoding="utf-8")
-    assert f"hf-hub:mobilenets-zoo/{other.model}@{other.tag}" in text
-    assert f'timm.create_model("{other.name}", pretrained=True)' in text
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=() if entry == LEARNED else pytest.mark.slow)
+        for entry in pretrained.manifest().values()
+    ],
+)
+def test_card_code_runs(entry, folders, tmp_path, monkeypatch):
+    """All blocks of a card in one session, with the built folder in the repository's place."""
+    pytest.importorskip("onnxscript")
+    folder = folders(entry.model if publish.is_default(entry) else entry.name)
+    Image.new("RGB", (50, 40), "green").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        exec(compile(re.sub(rf"hf-hub:{entry.hub_id}(@\w+)?", f"local-dir:{folder}", block), "card", "exec"), names)
+    assert (tmp_path / "model.onnx").is_file()
 
 
-@pytest.fixture
-def learned_folder(tmp_path, monkeypatch) -> Path:
-    """The published form of a learned network with made-up weights."""
-    model = with_lively_statistics(with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100")))
-    file = tmp_path / "weights" / "learned.safetensors"
-    file.parent.mkdir()
-    mz.save_weights(model, file)
-    entry = dataclasses.replace(
-        ENTRY,
-        name="mobilenetv2_lgc_cifar100.test",
-        file=file.name,
-        bytes=file.stat().st_size,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-    )
-    record = publish._training_record(ENTRY)
-    monkeypatch.setattr(pretrained, "WEIGHTS_DIR", file.parent)
-    monkeypatch.setattr(publish, "_training_record", lambda _: record)
-    return build_folder(entry, tmp_path / "learned")
-
-
-def test_a_learned_network_is_published_condensed_and_loads_in_both_forms(learned_folder):
-    name = f"local-dir:{learned_folder}"
-    assert json.loads((learned_folder / "config.json").read_text())["model_args"] == {"condensed": True}
+def test_a_learned_network_is_published_condensed_and_loads_in_both_forms(folders):
+    name = f"local-dir:{folders(LEARNED.model)}"
     condensed = timm.create_model(name, pretrained=True).eval()
     masked = timm.create_model(name, pretrained=True, condensed=False).eval()
     assert any(isinstance(m, mz.CondensedConv2d) for m in condensed.modules())
     assert any(isinstance(m, mz.LearnedGroupConv2d) for m in masked.modules())
     mz.check_equivalent(masked, condensed, torch.randn(2, 3, 32, 32))
-    assert "condensed=False" in (learned_folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["dense", "learned"])
-def test_transformers_loads_the_folder(kind, folder, learned_folder):
-    path = folder if kind == "dense" else learned_folder
+@pytest.mark.parametrize("entry", [ENTRY, LEARNED], ids=["dense", "learned"])
+def test_transformers_loads_the_folder(entry, folders):
+    from transformers import AutoModelForImageClassification, pipeline
+
+    path = folders(entry.model)
     wrapped = AutoModelForImageClassification.from_pretrained(path).eval()
     x = torch.randn(2, 3, 32, 32)
     expected = timm.create_model(f"local-dir:{path}", pretrained=True).eval()(x)
@@ -201,95 +235,106 @@ def test_transformers_loads_the_folder(kind, folder, learned_folder):
     assert rows[0]["label"] in mz.CIFAR100_CLASSES
 
 
-def test_an_occupied_folder_is_left_alone(tmp_path):
+def test_dry_run_of_all_writes_a_folder_for_each_weight(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "WEIGHTS_DIR", weights)
+    monkeypatch.setattr(mz, "manifest", lambda: {entry.name: entry for entry in (ENTRY, OTHER)})
+    assert publish.main(["--all", "--dry-run", str(tmp_path / "out"), "--namespace", "me"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {ENTRY.model, OTHER.name}
+    assert f"hf-hub:me/{ENTRY.model}" in (tmp_path / "out" / ENTRY.model / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "NAME of a model or --all"), ([ENTRY.model, "--all"], "or --all"), (["nonsense"], "no weight 'nonsense'")],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    assert publish.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(PublishError, match=r"holds mine\.txt already"):
-        build_folder(ENTRY, tmp_path)
+    assert publish.main([ENTRY.model, "--dry-run", str(tmp_path)]) == 2
+    assert "holds other files already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_loads_as_another_model_is_not_published(monkeypatch, tmp_path, capsys):
+    wrong = dataclasses.replace(ENTRY, file=OTHER.file, sha256=OTHER.sha256, bytes=OTHER.bytes)
+    monkeypatch.setattr(publish, "chosen", lambda _: [wrong])
+    assert publish.main([ENTRY.model, "--dry-run", str(tmp_path / "out")]) == 2
+    assert "loads as another network" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # Publishing
 
 
-def test_publish_then_load_in_a_fresh_process(hub, project):
-    result = command(hub, project, "publish", ENTRY.model)
-    assert result.returncode == 0, result.stderr
-    assert "published" in result.stdout
-    assert TOKEN not in result.stdout + result.stderr
+def test_publish_then_load(hub, client, weights, tmp_path):
+    """Publishing the second tag publishes the default after it, which the main branch must hold."""
+    code, out, err = client(run_publish, weights, OTHER.name)
+    assert code == 0, err
+    assert [line.split()[1] for line in out.splitlines()] == ["published,"] * 2
+    assert TOKEN not in out + err
     repository = hub.repositories[REPO]
-    assert len(repository.commits) == 2  # the empty repository's and ours
-    assert set(repository.commits[-1].files) >= {"model.safetensors", "config.json", "README.md"}
-    assert repository.tags == {ENTRY.tag: repository.commits[-1].oid}
-    rows = json.loads((project / "mobilenets_zoo" / "weights" / "manifest.json").read_text())
-    assert rows[ENTRY.name]["revision"] == repository.commits[-1].oid
+    first, other, default = repository.commits  # the empty repository's and ours
+    assert set(default.files) - set(first.files) == {"model.safetensors", "config.json", "README.md"}
+    assert repository.tags == {OTHER.tag: other.oid, ENTRY.tag: default.oid}
+    rows = json.loads((weights / "manifest.json").read_text())
+    assert [rows[name]["revision"] for name in (OTHER.name, ENTRY.name)] == [other.oid, default.oid]
 
-    program = f"""
-        import timm, torch, mobilenets_zoo
-        x = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
-        a = timm.create_model("{ENTRY.model}", pretrained=True).eval()
-        b = timm.create_model("hf-hub:{REPO}", pretrained=True).eval()
-        c = timm.create_model("hf-hub:{REPO}@{ENTRY.tag}", pretrained=True).eval()
-        assert "home" in a.pretrained_cfg["file"], a.pretrained_cfg
-        assert torch.equal(a(x), b(x)) and torch.equal(a(x), c(x))
-        print("equal")
-    """
-    result = run(hub, project, program, MOBILENETS_ZOO_SOURCE="hub")
-    assert result.stdout.strip() == "equal", result.stderr
+    main, tagged, bundled = client(logits, f"hf-hub:{REPO}", f"hf-hub:{REPO}@{OTHER.tag}", ENTRY.model)
+    assert main == bundled != tagged
+    assert client(load, weights, tmp_path / "cache") == "hub"
 
-    again = command(hub, project, "publish", "--all")
-    assert again.returncode == 0, again.stderr
-    assert "unchanged" in again.stdout
-    assert len(repository.commits) == 2
+    code, out, err = client(run_publish, weights, "--all")
+    assert code == 0, err
+    assert [line.split()[1] for line in out.splitlines()] == ["unchanged,"] * 2
+    assert len(repository.commits) == 3
 
 
-def test_a_changed_weight_under_an_unchanged_tag_is_refused(published, project):
+def test_a_changed_weight_under_an_unchanged_tag_is_refused(published, client, weights):
     repository = published.repositories[REPO]
     files = dict(repository.commits[-1].files)
     files["model.safetensors"] = files["model.safetensors"][:-1] + b"\1"
     repository.tags[ENTRY.tag] = repository.commit(files)
-    result = command(published, project, "publish", ENTRY.model)
-    assert result.returncode == 2
-    assert "a new training needs a new tag" in result.stderr.splitlines()[-1]
+    code, _, err = client(run_publish, weights, ENTRY.model)
+    assert code == 2
+    assert "a new training needs a new tag" in err.splitlines()[-1]
     assert len(repository.commits) == 2
 
 
-def test_dry_run_writes_and_uploads_nothing(hub, project, tmp_path):
-    result = command(hub, project, "publish", ENTRY.model, "--dry-run", str(tmp_path / "out"), "--namespace", "me")
-    assert result.returncode == 0, result.stderr
-    assert f"hf-hub:me/{ENTRY.model}" in (tmp_path / "out" / "README.md").read_text()
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "NAME of a model or --all"), ([ENTRY.model, "--all"], "or --all"), (["nonsense"], "no model 'nonsense'")],
-)
-def test_bad_arguments_are_one_line(hub, project, arguments, message):
-    result = command(hub, project, "publish", *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_a_missing_login_is_explained(hub, project):
-    result = command(hub, project, "publish", ENTRY.model, token="hf_wrong")
-    assert result.returncode == 2
-    assert "log in with `hf auth login`" in result.stderr.splitlines()[-1]
-    assert "hf_wrong" not in result.stdout + result.stderr
+def test_a_missing_login_is_explained(hub, client, weights):
+    hub.token = "another"
+    code, out, err = client(run_publish, weights, ENTRY.model)
+    assert code == 2
+    assert "log in with `hf auth login`" in err.splitlines()[-1]
+    assert TOKEN not in out + err
 
 
 # Downloading
 
-LOAD = f"""
-    import sys, timm, mobilenets_zoo
-    try:
-        model = timm.create_model("{ENTRY.model}", pretrained=True)
-    except mobilenets_zoo.WeightsError as error:
-        print("error:", error)
-    else:
-        print("bundled" if "weights" in model.pretrained_cfg["file"] else "hub")
-"""
-UNREACHABLE = {
+
+@pytest.mark.parametrize("fault", [None, "slow"])
+def test_a_working_hub(published, client, weights, tmp_path, fault):
+    published.fault = fault
+    assert client(load, weights, tmp_path / "cache") == "hub"
+    published.requests.clear()
+    assert client(load, weights, tmp_path / "cache") == "hub"
+    assert not [
+        request for request in published.requests if "resolve" in request
+    ]  # a pinned commit in the cache needs no request
+
+
+def test_the_hub_where_the_bundled_file_is_missing(published, client, weights, tmp_path):
+    assert client(load, weights, tmp_path / "cache", "") == "bundled"
+    (weights / ENTRY.file).unlink()
+    assert client(load, weights, tmp_path / "cache", "") == "hub"
+
+
+FAULTS = {
     "no repository": "404",
     "401": "401",
     "403": "403",
@@ -299,120 +344,65 @@ UNREACHABLE = {
     "503": "503",
     "silent": "can't be downloaded",
     "cut": "can't be downloaded",
+    "stalling": "took more than 2 seconds",
+    "dripping": "took more than 2 seconds",
+    "dripping headers": "took more than 2 seconds",
+    "HTML page": "the answer isn't from a Hub",
     "shorter": "truncated",
     "longer": "is another file",
+    "redirect": "error: ",
     "etag": "'../../../outside'",
     "commit": "'../../outside'",
 }
 
 
-def load(hub, project: Path, source: str, **kwargs) -> str:
-    result = run(hub, project, LOAD, MOBILENETS_ZOO_SOURCE=source, **kwargs)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-@pytest.mark.parametrize("fault", [None, "slow"])
-def test_a_working_hub(published, project, fault):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_hub_out_of_reach(published, client, weights, tmp_path, fault):
     published.fault = fault
-    publish_revision(project, published.revision)
-    assert load(published, project, "hub") == "hub"
-    published.requests.clear()
-    assert load(published, project, "auto") == "hub"
-    asked = [request for request in published.requests if "resolve" in request]
-    assert not asked  # a pinned commit in the cache needs no request
-
-
-@pytest.mark.parametrize("fault", UNREACHABLE)
-def test_a_hub_out_of_reach(published, project, fault, tmp_path):
-    published.fault = fault
-    publish_revision(project, published.revision)
-    out = load(published, project, "hub")
+    seconds = 2 if fault.startswith(("stalling", "dripping")) else 30
+    out = client(load, weights, tmp_path / "cache", "hub", seconds)
     assert out.startswith("error: ")
-    assert UNREACHABLE[fault] in out
+    assert FAULTS[fault] in out
     assert "MOBILENETS_ZOO_SOURCE=bundled" in out
     assert len(out.splitlines()) == 1
-    assert load(published, project, "auto") == "bundled"
     assert not list(tmp_path.rglob("outside*"))  # what a server says never names a file outside the cache
 
 
-def test_altered_bytes_are_an_error_and_never_replaced(published, project):
+def test_altered_bytes_are_an_error_and_never_replaced(published, client, weights, tmp_path):
     published.fault = "altered"
-    publish_revision(project, published.revision)
-    for source in ("hub", "auto"):
-        out = load(published, project, source)
+    for _ in range(2):
+        out = client(load, weights, tmp_path / "cache")
         assert out.startswith("error: ")
         assert "is altered: its" in out
         assert ENTRY.sha256 in out
     # Doing what the message says helps.
-    path = out.split("error: ")[1].split(" is altered")[0]
-    Path(path).unlink()
+    Path(out.split("error: ")[1].split(" is altered")[0]).unlink()
     published.fault = None
-    assert load(published, project, "hub") == "hub"
+    assert client(load, weights, tmp_path / "cache") == "hub"
 
 
-def test_a_redirect_to_other_bytes_is_refused(published, project):
-    published.fault = "redirect"
-    publish_revision(project, published.revision)
-    assert load(published, project, "hub").startswith("error: ")
-    assert load(published, project, "auto") == "bundled"
-
-
-def test_a_full_disk(published, project):
+def test_a_full_disk(published, client, weights, tmp_path):
     """Files may not grow beyond 100,000 bytes, less than the weight has."""
-    publish_revision(project, published.revision)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    for source, expected in (("hub", "can't be downloaded"), ("auto", "bundled")):
-        result = run(published, project, limit + textwrap.dedent(LOAD), MOBILENETS_ZOO_SOURCE=source)
-        assert expected in result.stdout, result.stderr
+    assert "can't be downloaded" in client(load, weights, tmp_path / "cache", "hub", 30, 100_000)
 
 
-def test_transformers_loads_the_repository(published, project):
-    program = f"""
-        import timm, torch, mobilenets_zoo
-        from transformers import AutoModelForImageClassification
-        x = torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
-        wrapped = AutoModelForImageClassification.from_pretrained("{REPO}").eval()
-        model = timm.create_model("{ENTRY.model}", pretrained=True).eval()
-        torch.testing.assert_close(wrapped(x).logits.float(), model(x), rtol=1e-2, atol=1e-2)
-        print("equal")
-    """
-    result = run(published, project, program)
-    assert result.stdout.strip() == "equal", result.stderr
-
-
-def test_offline_with_and_without_cache(published, project):
-    publish_revision(project, published.revision)
-    assert "can't be downloaded" in load(published, project, "hub", HF_HUB_OFFLINE="1")
-    assert load(published, project, "auto", HF_HUB_OFFLINE="1") == "bundled"
-    assert load(published, project, "hub") == "hub"
-    assert load(published, project, "hub", HF_HUB_OFFLINE="1") == "hub"
-
-
-def test_a_cache_folder_that_cannot_be_written(published, project, tmp_path):
+def test_a_cache_folder_that_cannot_be_written(published, client, weights, tmp_path):
     """A file where the folder should be: refused for every user, root too."""
-    publish_revision(project, published.revision)
     (tmp_path / "occupied").write_text("")
-    home = tmp_path / "occupied"
-    assert "can't be downloaded" in load(published, project, "hub", home=home)
-    assert load(published, project, "auto", home=home) == "bundled"
+    assert "can't be downloaded" in client(load, weights, tmp_path / "occupied")
 
 
-def test_a_weight_that_is_not_published(hub, project):
-    publish_revision(project, None)
-    assert "isn't published" in load(hub, project, "hub")
-    assert load(hub, project, "auto") == "bundled"
+def test_a_weight_that_is_not_published(hub, client, weights, tmp_path):
+    assert "isn't published" in client(load, weights, tmp_path / "cache")
     assert hub.requests == []
 
 
-@pytest.mark.slow
-def test_ten_processes_at_once(published, project):
-    publish_revision(project, published.revision)
-    program = f"""
-        import subprocess, sys
-        code = {textwrap.dedent(LOAD)!r}
-        processes = [subprocess.Popen([sys.executable, "-c", code], stdout=-1, text=True) for _ in range(10)]
-        print([p.communicate()[0].strip() for p in processes].count("hub"))
-    """
-    result = run(published, project, program, MOBILENETS_ZOO_SOURCE="hub")
-    assert result.stdout.strip() == "10", result.stderr
+def test_offline_with_and_without_cache(published, client, weights, tmp_path):
+    assert client(load, weights, tmp_path / "cache") == "hub"
+    with process(published.url, tmp_path, HF_HUB_OFFLINE="1") as offline:
+        assert "can't be downloaded" in offline(load, weights, tmp_path / "empty")
+        assert offline(load, weights, tmp_path / "cache") == "hub"
+
+
+def test_four_loads_at_once(published, client, weights, tmp_path):
+    assert client(load_at_once, weights, tmp_path / "cache") == {"hub"}

@@ -218,55 +218,55 @@ def mobilenetv2_t1_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNe
 
 @register_model
 def mobilenetv2_lgc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """LGC expansion and projection: 1.07M parameters, 110M MACs once condensed."""
+    """MobileNetV2 t=6, LGC expansion and projection: 1.07M parameters, 110M MACs once condensed."""
     model_args = dict(expansion="lgc", projection="lgc")
     return _create_mobilenetv2("mobilenetv2_lgc_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_lgc_exp_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """LGC expansion, dense projection: 1.80M parameters, 207M MACs once condensed."""
+    """MobileNetV2 t=6, LGC expansion, dense projection: 1.80M parameters, 207M MACs once condensed."""
     model_args = dict(expansion="lgc", projection="dense")
     return _create_mobilenetv2("mobilenetv2_lgc_exp_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_lgc_proj_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """Dense expansion, LGC projection: 1.64M parameters, 204M MACs once condensed."""
+    """MobileNetV2 t=6, dense expansion, LGC projection: 1.64M parameters, 204M MACs once condensed."""
     model_args = dict(expansion="dense", projection="lgc")
     return _create_mobilenetv2("mobilenetv2_lgc_proj_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_lgc_gc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """LGC expansion, GC projection: 1.07M parameters, 110M MACs once condensed."""
+    """MobileNetV2 t=6, LGC expansion, GC projection: 1.07M parameters, 110M MACs once condensed."""
     model_args = dict(expansion="lgc", projection="gc")
     return _create_mobilenetv2("mobilenetv2_lgc_gc_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_gc_lgc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """GC expansion, LGC projection: 1.07M parameters, 110M MACs once condensed."""
+    """MobileNetV2 t=6, GC expansion, LGC projection: 1.07M parameters, 110M MACs once condensed."""
     model_args = dict(expansion="gc", projection="lgc")
     return _create_mobilenetv2("mobilenetv2_gc_lgc_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_gc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """GC expansion and projection: 1.07M parameters, 110M MACs."""
+    """MobileNetV2 t=6, GC expansion and projection: 1.07M parameters, 110M MACs."""
     model_args = dict(expansion="gc", projection="gc")
     return _create_mobilenetv2("mobilenetv2_gc_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_gc_exp_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """GC expansion, dense projection: 1.80M parameters, 207M MACs."""
+    """MobileNetV2 t=6, GC expansion, dense projection: 1.80M parameters, 207M MACs."""
     model_args = dict(expansion="gc", projection="dense")
     return _create_mobilenetv2("mobilenetv2_gc_exp_cifar100", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_gc_proj_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
-    """Dense expansion, GC projection: 1.64M parameters, 204M MACs."""
+    """MobileNetV2 t=6, dense expansion, GC projection: 1.64M parameters, 204M MACs."""
     model_args = dict(expansion="dense", projection="gc")
     return _create_mobilenetv2("mobilenetv2_gc_proj_cifar100", pretrained, **dict(model_args, **kwargs))
