@@ -79,6 +79,7 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
 
     Raises:
         ValueError: there is no rule for this pair.
+        RuntimeError: head or classifier have another size.
     """
     refusal = f"no rule starts {type(target).__name__} from this {type(source).__name__}"
     if isinstance(source, mz.MobileNetV1) and isinstance(target, mz.MobileNetV1):
