@@ -1,10 +1,10 @@
 """Computes a teacher's soft labels for fixed views of every training image.
 
-    python benchmarks/soft_labels.py TEACHER.toml --run DIR --data DIR --out benchmarks/soft_labels.safetensors
+    RUN=benchmarks/runs/efficientnet_lite2.cutmix_e8_r160
+    python benchmarks/soft_labels.py $RUN/recipe.toml --run $RUN --data DIR --out $RUN/soft_labels.safetensors
 
-DIR under --run is what benchmarks/train.py wrote for TEACHER.toml. Several recipes with as many --run folders make an
-ensemble, whose probabilities are averaged. Each image gets --views different crops, mirrored or not; the teacher sees
-them at the resolution it was trained at. A view costs 2 * kept + 2 bytes.
+The folder under --run holds the teacher's model.safetensors. Each image gets --views different crops, mirrored or not;
+the teacher sees them at the resolution it was trained at. A view costs 2 * kept + 2 bytes.
 """
 
 import argparse
@@ -44,10 +44,6 @@ class Teacher:
 
             fuse_layers(self.model)
 
-    def describe(self) -> str:
-        pretraining = self.recipe.pretraining
-        return f"{self.recipe.model}.{self.recipe.tag}" + (f", pretrained on {pretraining}" if pretraining else "")
-
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Maps uint8 (N, H, W, C) to probabilities (N, classes)."""
@@ -66,11 +62,9 @@ def draw_views(images: int, views: int, padding: int, seed: int) -> torch.Tensor
     return torch.from_numpy(np.sort(order[:, :views], axis=1).astype(np.uint8))
 
 
-def compute(
-    teachers: list[Teacher], data: mz.data.ImageSet, views: int, kept: int, seed: int, batch: int
-) -> SoftLabels:
-    """Runs the teachers over all views."""
-    device, padding = teachers[0].device, teachers[0].recipe.crop_padding
+def compute(teacher: Teacher, data: mz.data.ImageSet, views: int, kept: int, seed: int, batch: int) -> SoftLabels:
+    """Runs the teacher over all views."""
+    recipe, device, padding = teacher.recipe, teacher.device, teacher.recipe.crop_padding
     images = torch.from_numpy(data.images).to(device)
     drawn = draw_views(len(data), views, padding, seed)
     classes = torch.empty((len(data), views, kept), dtype=torch.uint8, device=device)
@@ -81,23 +75,22 @@ def compute(
             for start in range(0, len(data), batch):
                 part = slice(start, start + batch)
                 seen = crop_and_mirror(images[part], drawn[part, v].to(device), padding)
-                probabilities = torch.stack([teacher(seen) for teacher in teachers]).mean(0)
-                classes[part, v], log_probs[part, v], rest[part, v] = pack(probabilities, kept)
+                classes[part, v], log_probs[part, v], rest[part, v] = pack(teacher(seen), kept)
                 progress.advance(task, len(seen))
     info = {
         "num_classes": len(data.classes),
         "padding": padding,
         "seed": seed,
         "data_sha256": data.sha256(),
-        "taught_by": " and ".join(teacher.describe() for teacher in teachers),
+        "taught_by": recipe.name + (f", pretrained on {recipe.pretraining}" if recipe.pretraining else ""),
     }
     return SoftLabels(drawn, classes, log_probs, rest, info=info)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("recipes", type=Path, nargs="+", metavar="TEACHER.toml")
-    parser.add_argument("--run", type=Path, nargs="+", required=True, help="the folder that train.py wrote, per recipe")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the teacher's model.safetensors")
     parser.add_argument("--data", required=True, help="Parquet folder, torchvision root or Hub id")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--views", type=int, default=16, help="views per image")
@@ -107,16 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        if len(args.recipes) != len(args.run):
-            raise ValueError(f"{len(args.recipes)} recipes need as many --run folders, not {len(args.run)}")
         data, device = mz.data.load_images(args.data, "train"), torch.device(args.device)
-        teachers = [
-            Teacher(load_recipe(recipe), run, len(data.classes), device)
-            for recipe, run in zip(args.recipes, args.run, strict=True)
-        ]
-        if len({teacher.recipe.crop_padding for teacher in teachers}) > 1:
-            raise ValueError("the teachers' recipes must agree on crop_padding")
-        compute(teachers, data, args.views, args.kept, args.seed, args.batch_size).save(args.out)
+        teacher = Teacher(load_recipe(args.recipe), args.run, len(data.classes), device)
+        compute(teacher, data, args.views, args.kept, args.seed, args.batch_size).save(args.out)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -10,38 +10,34 @@ Test images are never read.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring.environment import environment
+from measuring import environment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
-from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from training.cpu import keep_freed_memory
-from training.holdout import held_out
-from training.recipe import SHARED_FIELDS, Recipe, load_recipe
+from training.recipe import RUNS, SHARED_FIELDS, Recipe, load_recipe
 from training.soft_labels import SoftLabels
-from training.student import LOG_FIELDS, Student
+from training.student import Student
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.evaluation import evaluate, preprocess
+from mobilenets_zoo.evaluation import preprocess
 
-BENCHMARKS = Path(__file__).resolve().parent
+CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 180
 READ_EVERY = 20  # steps between reads of loss and accuracy from the device, which stall a GPU
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels, optimisers make their state
-HOLDOUT_PARTS, HOLDOUT_SEED = 10, 100  # 5,000 of CIFAR-100's training images
 
 
 class Plan:
@@ -51,15 +47,13 @@ class Plan:
     would have seen.
     """
 
-    def __init__(
-        self, recipe: Recipe, epoch: int, data: mz.data.ImageSet, labels: SoftLabels | None, device: torch.device
-    ):
+    def __init__(self, trainer: "Trainer", epoch: int):
+        recipe, labels, steps = trainer.recipe, trainer.soft_labels, trainer.steps_per_epoch
         generator = np.random.default_rng((recipe.seed, epoch))
-        images, pixels = len(data), data.images.shape[1]
-        self.order = torch.from_numpy(generator.permutation(images)).to(device)
+        images, pixels = trainer.images.shape[:2]
+        self.order = torch.from_numpy(generator.permutation(images)).to(trainer.device)
         views = count_views(recipe.crop_padding) if labels is None else labels.views.shape[1]
-        self.views = torch.from_numpy(generator.integers(views, size=images)).to(device)
-        steps = images // recipe.batch_size
+        self.views = torch.from_numpy(generator.integers(views, size=images)).to(trainer.device)
         boxes = [cutmix_box(generator, pixels) for _ in range(steps)]
         mixed = generator.random(steps) < recipe.cutmix
         self.boxes = [box if mix else None for box, mix in zip(boxes, mixed, strict=True)]
@@ -77,10 +71,12 @@ class Trainer:
         device: torch.device,
         out: Path,
     ):
-        self.recipe, self.data, self.holdout, self.device, self.out = recipes[0], data, holdout, device, out
+        self.recipe, self.holdout, self.device, self.out = recipes[0], holdout, device, out
         self.images = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         self.num_classes = len(data.classes)
+        # What a checkpoint must share with the run that goes on from it.
+        self.identity = {"recipes": [dataclasses.asdict(recipe) for recipe in recipes], "images": data.sha256()}
         self.steps_per_epoch = len(data) // self.recipe.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"batch_size {self.recipe.batch_size} is larger than the {len(data)} training images")
@@ -88,64 +84,53 @@ class Trainer:
         self.soft_labels = soft_labels.to(device) if soft_labels is not None else None
         self.students = []
         for recipe in recipes:
-            folder = out if len(recipes) == 1 else out / f"{recipe.model}.{recipe.tag}"
+            folder = out if len(recipes) == 1 else out / recipe.name
             self.students.append(Student(recipe, self.num_classes, self.total_steps, device, folder))
         cfg: dict[str, Any] = self.students[0].model.pretrained_cfg  # type: ignore[assignment]
         self.mean, self.std = cfg["mean"], cfg["std"]
-        self.graph: Graph | None = None
-        if all(student.capturable for student in self.students):
-            self.graph = Graph(self.students)
+        self.graph = Graph(self.students) if all(student.capturable for student in self.students) else None
         self.step = 0  # optimiser steps done
         self.epoch_seconds = 0.0
         self.stop_reason = ""
 
-    def batch(self, plan: Plan, i: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def batch(self, plan: Plan, i: int, size: int) -> list[torch.Tensor]:
         """Returns the plan's batch i: images (B, 3, size, size), hard and, where a teacher is, soft targets."""
         recipe, part = self.recipe, slice(i * self.recipe.batch_size, (i + 1) * self.recipe.batch_size)
         indices, views = plan.order[part], plan.views[part]
-        soft = None
+        targets = [F.one_hot(self.labels[indices], self.num_classes).float()]
         if self.soft_labels is not None:
-            soft = self.soft_labels.targets(indices, views, recipe.temperature)
+            targets.append(self.soft_labels.targets(indices, views, recipe.temperature))
             views = self.soft_labels.views[indices, views]
         pixels = preprocess(crop_and_mirror(self.images[indices], views, recipe.crop_padding), self.mean, self.std)
-        hard = F.one_hot(self.labels[indices], self.num_classes).float()
         box = plan.boxes[i]
         if box is not None:  # each image gets a rectangle of the one at the mirrored place in the batch
             rows, columns = box
             pixels[:, :, rows, columns] = pixels[:, :, rows, columns].flip(0)
             share = (rows.stop - rows.start) * (columns.stop - columns.start) / pixels[0, 0].numel()
-            hard = torch.lerp(hard, hard.flip(0), share)
-            soft = torch.lerp(soft, soft.flip(0), share) if soft is not None else None
-        return resize(pixels, size), hard, soft
+            targets = [torch.lerp(target, target.flip(0), share) for target in targets]
+        return [resize(pixels, size), *targets]
 
     def train_step(self, plan: Plan, i: int, size: int) -> None:
         """Takes one optimiser step of every student."""
-        images, hard, soft = self.batch(plan, i, size)
+        inputs = self.batch(plan, i, size)
         for student in self.students:
             student.prepare(self.step, self.steps_per_epoch)
         if self.graph is not None:
-            self.graph.step(images, hard, soft)
+            self.graph.step(inputs)
         else:
             for student in self.students:
-                student.update(images, hard, soft)
+                student.update(*inputs)
         for student in self.students:
-            if student.average is not None:
-                student.average.update(self.step)
+            student.average.update(student.model, step=self.step + 1)  # timm counts steps from 1
         self.step += 1
 
     def read_sums(self) -> list[list[float]]:
-        """Returns every student's summed loss and accuracy of this epoch.
-
-        Raises:
-            FloatingPointError: a loss isn't a number.
-        """
+        """Returns every student's summed loss and accuracy of this epoch; raises where a loss isn't a number."""
         values = torch.stack([student.sums for student in self.students]).tolist()
         for student, (loss, _) in zip(self.students, values, strict=True):
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"{student.recipe.model}: the loss is not finite by step {self.step}; the last checkpoint is from "
-                    "before; lower lr or set precision = 'fp32' in the recipe"
-                )
+                reason = f"the loss is not finite by step {self.step}"
+                raise FloatingPointError(f"{student.recipe.name}: {reason}; lower lr or set precision = 'fp32'")
         return values
 
     def run(self, progress: Progress, time_budget: float = math.inf) -> bool:
@@ -157,7 +142,7 @@ class Trainer:
             student.model.train()
         while self.step < self.total_steps:
             epoch, first = divmod(self.step, self.steps_per_epoch)
-            plan = Plan(self.recipe, epoch, self.data, self.soft_labels, self.device)
+            plan = Plan(self, epoch)
             size = self.recipe.size_at(epoch)
             for i in range(first, self.steps_per_epoch):
                 self.train_step(plan, i, size)
@@ -188,60 +173,61 @@ class Trainer:
 
     def end_epoch(self, epoch: int, size: int, values: list[list[float]], rate: float, progress: Progress) -> None:
         for student, (loss, top1) in zip(self.students, values, strict=True):
-            row: dict[str, Any] = dict.fromkeys(LOG_FIELDS, "")
-            row.update(epoch=epoch + 1, size=size, lr=float(student.optimizer.param_groups[0]["lr"]))
+            row: dict[str, float] = dict(epoch=epoch + 1, size=size)
+            row.update(lr=float(student.optimizer.param_groups[0]["lr"]))
             row.update(train_loss=loss / self.steps_per_epoch, train_top1=100 * top1 / self.steps_per_epoch)
             row.update(images_per_second=rate, seconds=self.epoch_seconds)
-            if self.device.type == "cpu":
-                row.update(images_per_second_per_core=rate / torch.get_num_threads())
             if self.holdout is not None:
-                network = Resized(student.final_model(), self.recipe.sizes[-1][1], self.images.shape[1])
-                result = evaluate(network, self.holdout)
-                student.model.train()
-                row.update(holdout_loss=result.loss, holdout_top1=result.top1)
+                holdout_loss, holdout_top1 = self.measure(student.average.module, self.holdout)
+                row.update(holdout_loss=holdout_loss, holdout_top1=holdout_top1)
             student.log.append(row)
             student.sums.zero_()
             student.write_logs()
-            shown = {k: v for k, v in row.items() if v != ""}
-            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+            text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             progress.console.print(f"{student.recipe.model}  {text}")
         self.epoch_seconds = 0.0
 
+    @torch.inference_mode()
+    def measure(self, model: nn.Module, data: mz.data.ImageSet) -> tuple[float, float]:
+        """Returns loss and top-1 percentage at the final resolution."""
+        logits = []
+        for images in torch.from_numpy(data.images).split(250):
+            pixels = preprocess(images.to(self.device), self.mean, self.std)
+            logits.append(model(resize(pixels, self.recipe.sizes[-1][1])).cpu())
+        scores, labels = torch.cat(logits), torch.from_numpy(data.labels)
+        return F.cross_entropy(scores, labels).item(), 100 * (scores.argmax(1) == labels).double().mean().item()
+
     def save(self) -> None:
-        state = {"students": [s.state_dict() for s in self.students], "epoch_seconds": self.epoch_seconds}
-        save_checkpoint(self.out, {"step": self.step, **state})
+        """Writes the checkpoint, whole or not at all."""
+        state = {**self.identity, "step": self.step, "epoch_seconds": self.epoch_seconds}
+        with mz.files.atomic_write(self.out / CHECKPOINT) as file:
+            torch.save({**state, "students": [student.state_dict() for student in self.students]}, file)
 
     def load(self) -> None:
-        """Continues from the checkpoint in the output folder.
-
-        Raises:
-            ValueError: it is damaged or belongs to other recipes.
-        """
-        state = load_checkpoint(self.out, self.device)
-        if len(state["students"]) != len(self.students):
-            raise ValueError("the checkpoint was made with other recipes; choose another --out")
+        """Continues from the checkpoint; ValueError where it is damaged or was made with other recipes or images."""
+        path = self.out / CHECKPOINT
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # zip, pickle and OS errors, by what is damaged
+            raise ValueError(f"{path} can't be read ({error}): start in another --out") from error
+        if state["recipes"] != self.identity["recipes"]:
+            raise ValueError(f"{path} was made with other recipes; choose another --out")
+        if state["images"] != self.identity["images"]:
+            raise ValueError(f"{path} was made with other images; repeat its --data and --holdout or change --out")
         for student, student_state in zip(self.students, state["students"], strict=True):
             student.load_state_dict(student_state)
         self.step, self.epoch_seconds = state["step"], state["epoch_seconds"]
 
     def finish(self) -> None:
-        """Writes the finished weights: averages, with BatchNorm re-estimated if the recipe says so."""
+        """Writes the finished weights, with BatchNorm's statistics re-estimated where the recipe says so."""
+        plan = Plan(self, self.recipe.epochs)
+        plan.boxes = [None] * self.steps_per_epoch  # cropped and mirrored, no other augmentation
         for student in self.students:
-            model = student.final_model()
-            if student.recipe.bn_batches:
-                torch.optim.swa_utils.update_bn(self.plain_batches(student.recipe.bn_batches), model)
+            model, steps = student.average.module, min(student.recipe.bn_batches, self.steps_per_epoch)
+            if steps:
+                batches = (self.batch(plan, i, self.recipe.sizes[-1][1])[0] for i in range(steps))
+                torch.optim.swa_utils.update_bn(batches, model)
             mz.save_weights(model, student.out / "model.safetensors")
-        for student in self.students:  # last, so that no finished weight is lost to another's failure
-            if student.schedule is not None:
-                model = student.final_model().cpu().eval()  # a GPU's convolutions may round to TF32
-                mz.check_equivalent(model, mz.condense(model).eval(), next(self.plain_batches(1)).cpu())
-
-    def plain_batches(self, count: int) -> Iterator[torch.Tensor]:
-        """Yields cropped and mirrored images without any other augmentation, at the final resolution."""
-        plan = Plan(self.recipe, self.recipe.epochs, self.data, self.soft_labels, self.device)
-        plan.boxes = [None] * len(plan.boxes)
-        for i in range(min(count, self.steps_per_epoch)):
-            yield self.batch(plan, i, self.recipe.sizes[-1][1])[0]
 
 
 class Graph:
@@ -254,18 +240,17 @@ class Graph:
     def __init__(self, students: list[Student]):
         self.students = students
         self.streams = [torch.cuda.Stream() for _ in students]
-        self.inputs: list[torch.Tensor | None] = []
+        self.inputs: list[torch.Tensor] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
 
-    def step(self, *inputs: torch.Tensor | None) -> None:
-        """Takes a step with images, hard and soft targets."""
-        if [t if t is None else t.shape for t in inputs] != [t if t is None else t.shape for t in self.inputs]:
-            self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
+    def step(self, inputs: list[torch.Tensor]) -> None:
+        """Takes a step with the tensors of `Trainer.batch`."""
+        if [tensor.shape for tensor in inputs] != [tensor.shape for tensor in self.inputs]:
+            self.inputs = [tensor.clone() for tensor in inputs]
             self.graph, self.eager_steps = None, 0
         for kept, tensor in zip(self.inputs, inputs, strict=True):
-            if kept is not None and tensor is not None:
-                kept.copy_(tensor)
+            kept.copy_(tensor)
         if self.graph is None and self.eager_steps < EAGER_STEPS:
             self._update()
             self.eager_steps += 1
@@ -283,52 +268,30 @@ class Graph:
         for student, stream in zip(self.students, self.streams, strict=True):
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                student.update(*self.inputs)  # type: ignore[arg-type]
+                student.update(*self.inputs)
         for stream in self.streams:
             main.wait_stream(stream)
 
 
-class Resized(nn.Module):
-    """A network behind the resizing of its images, for measuring at another resolution than the data's."""
-
-    def __init__(self, model: nn.Module, size: int, pixels: int):
-        super().__init__()
-        self.model, self.size = model, size
-        self.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, pixels, pixels)}  # type: ignore[dict-item]
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(resize(images, self.size))
-
-
 def load_soft_labels(recipe: Recipe, data: mz.data.ImageSet) -> SoftLabels:
-    """Returns the recipe's soft labels, of the images at hand.
-
-    Raises:
-        ValueError: no such file, or it belongs to other images or other crops.
-    """
-    path = BENCHMARKS / recipe.soft_labels
+    """Returns the recipe's soft labels; ValueError where there are none for these images and crops."""
+    path = RUNS.parent / recipe.soft_labels
     labels = SoftLabels.load(path)
     if labels.info["padding"] != recipe.crop_padding:
         raise ValueError(f"{path} has views of crop_padding {labels.info['padding']}, not {recipe.crop_padding}")
-    if labels.info["data_sha256"] == data.sha256():
-        return labels
-    raise ValueError(f"{path} belongs to other images: recompute it with soft_labels.py")
+    if labels.info["data_sha256"] != data.sha256():
+        raise ValueError(f"{path} belongs to other images: recompute it with soft_labels.py")
+    return labels
 
 
-def check_writable(folder: Path, needed_bytes: int) -> None:
-    """Finds a full disk or a folder that can't be written before training does.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with mz.files.atomic_write(folder / ".space") as file:
-            file.write(bytes(needed_bytes))
-        (folder / ".space").unlink()
-    except OSError as error:
-        needed = f"{needed_bytes / 2**20:.0f} MiB"
-        raise ValueError(f"{folder} can't take {needed}: {error.strerror or error}; choose another --out") from error
+def held_out(labels: np.ndarray, parts: int = 10, seed: int = 100) -> np.ndarray:
+    """Returns a mask (N,) of one image in `parts` of each class, at least one, always the same ones."""
+    generator = np.random.default_rng(seed)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == label)
+        held[generator.choice(members, max(1, len(members) // parts), replace=False)] = True
+    return held
 
 
 def train(args: argparse.Namespace, console: Console) -> int:
@@ -336,30 +299,27 @@ def train(args: argparse.Namespace, console: Console) -> int:
     for field in SHARED_FIELDS:
         if len({str(getattr(recipe, field)) for recipe in recipes}) > 1:
             raise ValueError(f"recipes that train together must agree on {field}")
-    if len({(recipe.model, recipe.tag) for recipe in recipes}) < len(recipes):
+    if len({recipe.name for recipe in recipes}) < len(recipes):
         raise ValueError("recipes that train together must differ in model or tag")
     checkpoint = args.out / CHECKPOINT
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} exists; add --resume to go on, or choose another --out")
 
     device = torch.device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     data, holdout = mz.data.load_images(args.data, "train"), None
     labels = load_soft_labels(recipes[0], data) if recipes[0].soft_labels else None
     if args.holdout:
-        held = held_out(data.labels, HOLDOUT_PARTS, HOLDOUT_SEED)
+        held = held_out(data.labels)
         data, holdout = data.subset(~held), data.subset(held)
         labels = labels.subset(~held) if labels is not None else None
     trainer = Trainer(recipes, data, labels, holdout, device, args.out)
-    # Weights, average and momentum of every student, old and new checkpoint at once.
-    size = sum(p.numel() * p.element_size() for s in trainer.students for p in s.model.parameters())
-    for folder in {args.out, *(student.out for student in trainer.students)}:
-        check_writable(folder, 6 * size + 2**20)
-    with mz.files.atomic_write(args.out / "run.json", "w") as file:
-        file.write(json.dumps({**environment(str(device)), "together": len(recipes)}, indent=2) + "\n")
     if checkpoint.exists():
         trainer.load()
+    for student in trainer.students:
+        student.out.mkdir(parents=True, exist_ok=True)
+    with mz.files.atomic_write(args.out / "run.json", "w") as file:
+        file.write(json.dumps({**environment(str(device)), "together": len(recipes)}, indent=2) + "\n")
+    trainer.save()  # what can't be written shows before the training
 
     def on_sigterm(*_: Any) -> None:
         trainer.stop_reason = "SIGTERM"
@@ -388,9 +348,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return train(args, Console(stderr=True))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except OSError as error:
+        message = f"{args.out} can't be written ({error.strerror or error}); make room or choose another --out"
+    except (ValueError, FloatingPointError) as error:
+        message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The trainer on a made-up data set of ten classes: what it learns, and that nothing is lost."""
+"""Training on a made-up data set of ten classes: what it learns, and that nothing is lost."""
 
-import contextlib
 import copy
 import csv
 import dataclasses
@@ -14,58 +13,54 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import evaluate
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
+import soft_labels
 import timm
-import timm.optim.muon as muon
 import torch
 import train
 from conftest import ROOT
 from PIL import Image
-from report import figures
-from timm.optim import create_optimizer_v2
 from torch.nn import functional as F
-from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from training.cpu import adapt_layers, orthogonalize_in_float32
-from training.holdout import held_out
-from training.recipe import Recipe, load_recipe
-from training.soft_labels import SoftLabels
+from training.augment import count_views, crop_and_mirror, cutmix_box
+from training.recipe import RUNS, Recipe, load_recipe
+from training.soft_labels import SoftLabels, pack
 from training.student import Student
 
 import mobilenets_zoo as mz
 
-BASE = """
-model = "mobilenetv1_w025_cifar100"
+SHORT = """
 tag = "test"
 epochs = 3
 batch_size = 32
+optimizer = "nesterov"
 lr = 0.1
+momentum = 0.9
+weight_decay = 0.0001
 ema_decay = 0.9
-sizes = [[0.4, 8], [0.6, 16]]
+bn_batches = 0
+cutmix = 0
 precision = "fp32"
+soft_labels = ""
+ce_weight = 1
+kd_weight = 0
 """
-LGC = """
-model = "mobilenetv2_lgc_cifar100"
-model_args = { width_mult = 0.25, expand_ratio = 2 }
-tag = "test"
-epochs = 3
-batch_size = 32
-lr = 0.1
-ema_decay = 0.9
-sizes = [[1.0, 8]]
-precision = "fp32"
-"""
+BASE = 'model = "mobilenetv1_w025_cifar100"\nsizes = [[0.4, 8], [0.6, 16]]' + SHORT
+LGC = (
+    'model = "mobilenetv2_lgc_cifar100"\nmodel_args = { width_mult = 0.25, expand_ratio = 2 }\nsizes = [[1.0, 8]]'
+    + SHORT
+)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def write_data(folder: Path, seed: int) -> Path:
     """Ten classes told apart by colour, 16 + 4 images each, in the Hub's layout."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
     for split, per_class in (("train", 16), ("test", 4)):
         images, labels = [], []
         for label in np.repeat(np.arange(10), per_class):
@@ -79,9 +74,27 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), seed=0)
+
+
 @pytest.fixture(autouse=True)
-def read_every_step(monkeypatch):
+def quick_reads_and_one_thread(monkeypatch):
     monkeypatch.setattr(train, "READ_EVERY", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # results are the same bit by bit
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list[train.Trainer]:
+    """All trainers that reached their end."""
+    finished = []
+    original = train.Trainer.finish
+    monkeypatch.setattr(train.Trainer, "finish", lambda self: (finished.append(self), original(self)))
+    return finished
 
 
 def write_recipe(folder: Path, text: str = BASE, name: str = "recipe", **changes) -> Path:
@@ -98,66 +111,53 @@ def run(recipe: Path | list[Path], data: Path, out: Path, *arguments: str) -> in
 
 
 def log(out: Path) -> list[dict[str, str]]:
+    """The rows of a log, without run times."""
     with open(out / "log.csv", newline="") as file:
-        return [
-            {
-                key: value
-                for key, value in row.items()
-                if key not in ("seconds", "images_per_second", "images_per_second_per_core")
-            }
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [{name: row[name] for name in row if name not in ("seconds", "images_per_second")} for row in rows]
 
 
 def same_outcome(a: Path, b: Path) -> bool:
     return log(a) == log(b) and (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
-def subprocess_program(**settings: float) -> list[str]:
-    lines = ["import sys, torch, train", "torch.set_num_threads(1)"]
-    lines += [f"train.{name} = {value}" for name, value in settings.items()]
-    return [sys.executable, "-c", "\n".join([*lines, "sys.exit(train.main())"])]
-
-
-def start(recipe: Path, data: Path, out: Path, **settings: float) -> subprocess.Popen:
-    arguments = [str(recipe), "--data", str(data), "--out", str(out), "--device", "cpu"]
+def start(recipes: list[Path], data: Path, out: Path) -> subprocess.Popen:
+    """Starts a training in a process of its own, with a checkpoint at every step."""
+    lines = ["import sys, torch, train", "torch.set_num_threads(1)", "train.CHECKPOINT_SECONDS = 0"]
+    program = "\n".join([*lines, "train.READ_EVERY = 1", "sys.exit(train.main())"])
+    arguments = [*map(str, recipes), "--data", str(data), "--out", str(out), "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
-    return subprocess.Popen([*subprocess_program(**settings), *arguments], env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=env, stderr=subprocess.PIPE, text=True)
 
 
 def checkpoint_step(out: Path) -> int:
-    return load_checkpoint(out, torch.device("cpu"))["step"]
+    return torch.load(out / train.CHECKPOINT, weights_only=True)["step"]
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if (out / CHECKPOINT).exists() and checkpoint_step(out) >= step:
+        if (out / train.CHECKPOINT).exists() and checkpoint_step(out) >= step:
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     pytest.fail("no checkpoint in time")
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Recipes
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid(path):
-    recipe = load_recipe(path)
-    assert recipe.model in timm.list_models("*_cifar100") or path.stem.startswith("teacher")
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*/recipe.toml")), ids=lambda path: path.parent.name)
+def test_shipped_recipes_are_those_of_their_results(path):
+    recipe, result = load_recipe(path), json.loads((path.parent / "result.json").read_text())
+    assert path.parent.name == recipe.name
+    assert f"# python benchmarks/train.py {path.relative_to(ROOT)} --data DIR --out DIR" in path.read_text()
+    if not recipe.pretraining:  # the teacher was never measured on test images
+        assert json.loads(json.dumps(dataclasses.asdict(recipe))) == result["recipe"]
+        assert result["taught_by"] == evaluate.taught_by(recipe)
     assert not recipe.soft_labels or (ROOT / "benchmarks" / recipe.soft_labels).exists()
-    folder = path.parent.relative_to(ROOT)
-    shown = [f"{folder}/{name} --data DIR --out DIR" for name in (path.name, "*.toml")]
-    assert any(f"# python benchmarks/train.py {line}" in path.read_text() for line in shown)
+    kept = RUNS / recipe.init_from / "model.safetensors"
+    assert not recipe.init_from or recipe.pretraining or recipe.init_from in mz.manifest() or kept.exists()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,8 @@ def test_shipped_recipes_are_valid(path):
         (dict(soft_labels="labels.safetensors"), "go together"),
         (dict(init_from="package:a/b.pth"), "go together"),
         (dict(init_sha256="0"), "go together"),
+        (dict(text='model = "x"'), "missing .* 'tag' and 'epochs'"),
+        (dict(text="model = "), "Invalid value"),
     ],
 )
 def test_bad_recipes_name_the_file_and_the_reason(tmp_path, changes, message):
@@ -178,17 +180,9 @@ def test_bad_recipes_name_the_file_and_the_reason(tmp_path, changes, message):
         load_recipe(write_recipe(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("text", ["model = ", 'model = "x"', "\0"])
-def test_broken_recipes_name_the_file(tmp_path, text):
-    (tmp_path / "recipe.toml").write_text(text)
-    with pytest.raises(ValueError, match=r"recipe\.toml: (can't be read|missing keys tag, epochs)"):
-        load_recipe(tmp_path / "recipe.toml")
-
-
 def test_sizes_follow_their_shares():
     recipe = Recipe("m", "t", 36, sizes=((0.3333333, 16), (0.2777778, 24), (0.3888889, 32)))
-    sizes = [recipe.size_at(epoch) for epoch in range(36)]
-    assert sizes == [16] * 12 + [24] * 10 + [32] * 14
+    assert [recipe.size_at(epoch) for epoch in range(36)] == [16] * 12 + [24] * 10 + [32] * 14
 
 
 # Training
@@ -196,45 +190,43 @@ def test_sizes_follow_their_shares():
 
 def test_it_learns_and_writes_what_it_promises(tmp_path, data):
     recipe = write_recipe(tmp_path, epochs=12, bn_batches=4)
-    assert run(recipe, data, tmp_path / "out") == 0
+    assert run(recipe, data, tmp_path / "out", "--holdout") == 0
     rows = log(tmp_path / "out")
     assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(12)]
     assert {row["size"] for row in rows} == {"8", "16"}
     assert float(rows[-1]["train_loss"]) < 0.5 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["holdout_top1"]) > 30  # chance is 10
     assert float(rows[-1]["lr"]) < 0.01
     assert "torch" in json.loads((tmp_path / "out" / "run.json").read_text())
     overlay = {"file": str(tmp_path / "out" / "model.safetensors"), "num_classes": 10}
     model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True, pretrained_cfg_overlay=overlay)
-    from mobilenets_zoo.evaluation import evaluate
-
-    assert evaluate(model, mz.data.load_images(data, "test")).top1 > 60  # chance is 10
+    assert mz.evaluation.evaluate(model, mz.data.load_images(data, "test")).top1 > 60
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path, data, one_thread):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(write_recipe(tmp_path, seed=seed, cutmix=0.5), data, tmp_path / name)
-    assert same_outcome(tmp_path / "a", tmp_path / "b")
-    assert not same_outcome(tmp_path / "a", tmp_path / "c")
-
-
-@pytest.mark.parametrize("text", [BASE, LGC], ids=["dense", "lgc"])
-def test_a_killed_run_resumes_bit_by_bit(tmp_path, data, one_thread, text):
-    """kill -9 in the middle of an epoch, with everything that draws random numbers."""
-    recipe = write_recipe(tmp_path, text, cutmix=0.5, epochs=6)
-    assert run(recipe, data, tmp_path / "whole") == 0
-    process = start(recipe, data, tmp_path / "killed", CHECKPOINT_SECONDS=0, READ_EVERY=1)
-    wait_for_step(tmp_path / "killed", 8, process)
+def test_a_killed_run_resumes_bit_by_bit(tmp_path, data):
+    """kill -9 in the middle of an epoch of two networks, with everything that draws random numbers."""
+    shared = dict(cutmix=0.5, epochs=6, sizes=[[0.5, 8], [0.5, 16]])
+    recipes = [
+        write_recipe(tmp_path, BASE, "a", **shared),
+        write_recipe(tmp_path, LGC, "b", optimizer="nmuon", **shared),
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(recipes, data, whole) == 0
+    process = start(recipes, data, killed)
+    wait_for_step(killed, 8, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    assert run(recipe, data, tmp_path / "killed", "--resume") == 0
-    assert same_outcome(tmp_path / "whole", tmp_path / "killed")
-    assert [path.name for path in (tmp_path / "killed").glob("*checkpoint*") if path.suffix != ".tmp"] == [CHECKPOINT]
+    assert not list(killed.rglob("model.safetensors"))
+    assert run(recipes, data, killed, "--resume") == 0
+    for recipe in recipes:
+        name = load_recipe(recipe).name
+        assert same_outcome(whole / name, killed / name)
+    checkpoints = [path.name for path in killed.glob("*checkpoint*") if path.suffix != ".tmp"]
+    assert checkpoints == [train.CHECKPOINT]
 
 
-def test_sigterm_saves_and_stops(tmp_path, data, one_thread):
-    recipe = write_recipe(tmp_path, epochs=200)
-    process = start(recipe, data, tmp_path / "out", CHECKPOINT_SECONDS=0, READ_EVERY=1)
+def test_sigterm_saves_and_stops(tmp_path, data):
+    process = start([write_recipe(tmp_path, epochs=200)], data, tmp_path / "out")
     wait_for_step(tmp_path / "out", 5, process)
     process.terminate()
     assert process.wait(60) == 143
@@ -242,7 +234,7 @@ def test_sigterm_saves_and_stops(tmp_path, data, one_thread):
     assert 5 <= checkpoint_step(tmp_path / "out") < 1000
 
 
-def test_time_budget_stops_and_resumes(tmp_path, data, one_thread):
+def test_time_budget_stops_and_resumes(tmp_path, data):
     recipe = write_recipe(tmp_path)
     assert run(recipe, data, tmp_path / "whole") == 0
     for step in (1, 2):
@@ -252,81 +244,99 @@ def test_time_budget_stops_and_resumes(tmp_path, data, one_thread):
     assert same_outcome(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resuming_needs_to_be_asked_for_and_the_same_recipe(tmp_path, data, capsys):
-    recipe = write_recipe(tmp_path)
-    run(recipe, data, tmp_path / "out", "--time-budget", "0")
-    assert run(recipe, data, tmp_path / "out") == 2
-    assert "add --resume" in capsys.readouterr().err
-    assert run(write_recipe(tmp_path, lr=0.2), data, tmp_path / "out", "--resume") == 2
-    assert "another recipe" in capsys.readouterr().err
+def test_resuming_needs_the_same_recipe_and_images_and_a_whole_checkpoint(tmp_path, data, capsys):
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
+    other_recipe = write_recipe(tmp_path, name="other", lr=0.2)
+    other_data = write_data(tmp_path / "data", seed=1)
+    run(recipe, data, out, "--holdout", "--time-budget", "0")
+    before = (out / train.CHECKPOINT).read_bytes()
+    for arguments, message in (
+        ((recipe, data, out, "--holdout"), "add --resume"),
+        ((other_recipe, data, out, "--holdout", "--resume"), "was made with other recipes"),
+        (([recipe, other_recipe], data, out, "--resume"), "must differ in model or tag"),
+        (([recipe, write_recipe(tmp_path, LGC, "lgc")], data, out, "--resume"), "must agree on sizes"),
+        ((recipe, other_data, out, "--holdout", "--resume"), "was made with other images; repeat its --data"),
+        ((recipe, data, out, "--resume"), "was made with other images; repeat its --data and --holdout"),
+    ):
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+        assert (out / train.CHECKPOINT).read_bytes() == before
+    assert run(recipe, data, out, "--holdout", "--resume", "--time-budget", "0") == 0
+    assert checkpoint_step(out) == 2
+    (out / train.CHECKPOINT).write_bytes(before[:-1000])
+    assert run(recipe, data, out, "--holdout", "--resume") == 2
+    assert f"{train.CHECKPOINT} can't be read" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, data, capsys):
-    recipe = write_recipe(tmp_path)
-    run(recipe, data, tmp_path / "out", "--time-budget", "0")
-    file = tmp_path / "out" / CHECKPOINT
-    file.write_bytes(file.read_bytes()[:-1000])
-    assert run(recipe, data, tmp_path / "out", "--resume") == 2
-    assert f"{CHECKPOINT} can't be read" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_checkpoint_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"x": torch.arange(5)})
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, {"x": torch.arange(6)})
-    assert torch.equal(load_checkpoint(tmp_path, torch.device("cpu"))["x"], torch.arange(5))
-
-
-def test_a_full_disk_or_a_bad_folder_is_found_before_training(tmp_path, data, capsys, monkeypatch):
+def test_a_full_disk_is_found_before_training_and_leaves_the_old_checkpoint(tmp_path, data, capsys, monkeypatch):
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
     (tmp_path / "file").write_text("")
-    assert run(write_recipe(tmp_path), data, tmp_path / "file") == 2
-    assert "choose another --out" in capsys.readouterr().err
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    assert run(recipe, data, tmp_path / "file") == 2
+    assert f"{tmp_path / 'file'} can't be written (File exists)" in capsys.readouterr().err
+    run(recipe, data, out, "--time-budget", "0")
+    before = (out / train.CHECKPOINT).read_bytes()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
     monkeypatch.setattr(train.Trainer, "run", lambda *_: pytest.fail("trained"))
-    assert run(write_recipe(tmp_path), data, tmp_path / "out") == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert run(recipe, data, out, "--resume") == 2
+    assert "(No space left on device); make room or choose another --out" in capsys.readouterr().err
+    assert (out / train.CHECKPOINT).read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, data, capsys):
     assert run(write_recipe(tmp_path, lr=1e30, warmup_epochs=0), data, tmp_path / "out") == 2
-    err = capsys.readouterr().err
-    assert "loss is not finite by step" in err
+    assert "loss is not finite by step" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_holdout_is_fixed_balanced_and_disjoint(data):
-    images = np.arange(10 * 60, dtype=np.uint16).view(np.uint8).reshape(600, 2)
+@pytest.mark.parametrize("text", [BASE, LGC], ids=["dense", "lgc"])
+def test_without_an_average_the_last_weights_are_kept(tmp_path, data, trainers, monkeypatch, text):
+    """BatchNorm is re-estimated on plain layers: a GPU's training layers don't take update_bn's momentum of None."""
+    recipe, file = write_recipe(tmp_path, text, ema_decay=0, bn_batches=2), tmp_path / "out" / "model.safetensors"
+    original = train.Trainer.run
+
+    def run_and_break(self, *args):
+        finished = original(self, *args)
+        for module in self.students[0].model.modules():
+            module.forward = lambda *_: pytest.fail("the training layers ran")
+        return finished
+
+    monkeypatch.setattr(train.Trainer, "run", run_and_break)
+    assert run(recipe, data, tmp_path / "out") == 0
+    student = trainers[0].students[0]
+    for ours, kept in zip(student.model.parameters(), student.average.module.parameters(), strict=True):
+        assert torch.equal(ours, kept)
+    first = file.read_bytes()
+    assert run(recipe, data, tmp_path / "out", "--resume") == 0
+    assert file.read_bytes() == first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_trains_learned_groups_without_an_average(tmp_path, data):
+    changes = dict(epochs=6, ema_decay=0, bn_batches=2, optimizer="nmuon", lr=0.02, precision="bf16")
+    recipe = write_recipe(tmp_path, LGC, **changes)
+    assert run(recipe, data, tmp_path / "out", "--device", "cuda", "--holdout") == 0
+    rows = log(tmp_path / "out")
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    model = evaluate.create(load_recipe(recipe), tmp_path / "out", 10, "cpu")
+    condensed = evaluate.create(load_recipe(recipe), tmp_path / "out", 10, "cpu", condensed=True)
+    mz.check_equivalent(model, condensed, torch.randn(4, 3, 32, 32))
+
+
+def test_holdout_is_fixed_balanced_and_disjoint():
     labels = np.repeat(np.arange(10), 60)
-    everything = mz.data.ImageSet(images, labels, tuple("abcdefghij"))
-    mask = held_out(labels, parts=10, seed=100)
-    kept, held = everything.subset(~mask), everything.subset(mask)
-    again = everything.subset(held_out(labels, parts=10, seed=100))
-    assert np.bincount(held.labels).tolist() == [6] * 10
-    assert held_out(labels, parts=100, seed=0).sum() == 10  # one of each class at least
-    assert np.array_equal(held.images, again.images)
-    ids = [set(map(tuple, part.images.tolist())) for part in (kept, held)]
-    assert not ids[0] & ids[1]
-    assert len(ids[0] | ids[1]) == 600
+    held = train.held_out(labels)
+    assert np.bincount(labels[held]).tolist() == [6] * 10
+    assert np.array_equal(held, train.held_out(labels))
+    assert np.flatnonzero(held)[:6].tolist() == [4, 7, 17, 34, 42, 46]
+    assert train.held_out(labels, parts=100).sum() == 10  # one of each class at least
 
 
 # Learned group convolutions
 
 
-def test_lgc_prunes_in_three_stages_and_cleans_momentum_and_average(tmp_path, data, monkeypatch):
-    trainers = []
-    original = train.Trainer.finish
-    monkeypatch.setattr(train.Trainer, "finish", lambda self: (trainers.append(self), original(self)))
-    recipe = write_recipe(tmp_path, LGC, epochs=6, bn_batches=2)
-    assert run(recipe, data, tmp_path / "out") == 0
+def test_lgc_prunes_in_three_stages_and_cleans_momentum_and_average(tmp_path, data, trainers):
+    assert run(write_recipe(tmp_path, LGC, epochs=6, bn_batches=2), data, tmp_path / "out") == 0
     stages = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert [stage["progress"] for stage in stages] == pytest.approx([5 / 30, 10 / 30, 15 / 30])
     layer = "blocks.1.0.projection.conv"
@@ -334,41 +344,21 @@ def test_lgc_prunes_in_three_stages_and_cleans_momentum_and_average(tmp_path, da
     assert all(0 <= value <= 1 for value in stages[0]["hoyer_before"][layer])
 
     student = trainers[0].students[0]
-    # The log's picture of a mask being learned: a stage keeps only what the stage before kept, the last is the mask.
-    pictures = list(figures.mask_stages(stages, layer).values())
-    assert [sum(rows[0]) for rows in pictures] == [12, 8, 4]
-    assert all((np.array(after) <= np.array(before)).all() for before, after in itertools.pairwise(pictures))
-    assert np.array_equal(pictures[-1], student.learned[layer].mask)
+    # The log's masks: a stage keeps only what the stage before kept, the last is the network's.
+    count = stages[0]["inputs"][layer]
+    bits = [[np.frombuffer(bytes.fromhex(row), np.uint8) for row in stage["masks"][layer]] for stage in stages]
+    masks = [np.unpackbits(np.array(rows), axis=1, count=count) for rows in bits]
+    assert [mask.sum(1).tolist() for mask in masks] == [[12] * 4, [8] * 4, [4] * 4]
+    assert all((after <= before).all() for before, after in itertools.pairwise(masks))
+    assert np.array_equal(masks[-1], student.learned[layer].mask)
     for name, module in student.learned.items():
         keep = module.mask.repeat_interleave(module.out_channels // module.groups, 0)[:, :, None, None]
-        average = student.average.model.get_submodule(name)
+        average = student.average.module.get_submodule(name)
         assert torch.equal(average.mask, module.mask)
         momentum = student.optimizer.state[module.weight]["momentum_buffer"]
         for tensor in (module.weight, average.weight, momentum):
             assert (tensor[~keep] == 0).all()
             assert (tensor[keep] != 0).any()
-
-    file = tmp_path / "out" / "model.safetensors"
-    assert not any(key.endswith("mask") for key in safetensors.torch.load_file(file))
-    arguments = dict(width_mult=0.25, expand_ratio=2, pretrained=True, num_classes=10)
-    arguments["pretrained_cfg_overlay"] = {"file": str(file), "num_classes": 10}
-    masked = timm.create_model("mobilenetv2_lgc_cifar100", **arguments).eval()
-    condensed = timm.create_model("mobilenetv2_lgc_cifar100", condensed=True, **arguments).eval()
-    mz.check_equivalent(masked, condensed, torch.randn(4, 3, 32, 32))
-
-
-def test_pruning_work_is_done_only_when_a_stage_is_due(tmp_path, monkeypatch):
-    recipe = load_recipe(write_recipe(tmp_path, LGC))
-    student = Student(recipe, 10, 600, torch.device("cpu"), tmp_path)
-    calls = []
-    original = mz.LearnedGroupConv2d.input_importance
-    monkeypatch.setattr(mz.LearnedGroupConv2d, "input_importance", lambda self: calls.append(1) or original(self))
-    counts = []
-    for step in (0, 50, 99, 100, 101, 199, 200, 300, 301, 599):
-        calls.clear()
-        student.prepare(step, 100)
-        counts.append(len(calls) > 0)
-    assert counts == [False, False, False, True, False, False, True, True, False, False]
 
 
 # Soft labels
@@ -377,8 +367,6 @@ def test_pruning_work_is_done_only_when_a_stage_is_due(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory, data) -> tuple[Path, Path, Path]:
     """A finished teacher's recipe and run, and its soft labels."""
-    import soft_labels
-
     folder = tmp_path_factory.mktemp("teacher")
     recipe = write_recipe(folder, epochs=12, sizes=[[1.0, 16]], lr=0.2, name="teacher")
     assert run(recipe, data, folder / "run") == 0
@@ -390,8 +378,6 @@ def labelled(tmp_path_factory, data) -> tuple[Path, Path, Path]:
 
 def test_soft_labels_are_what_the_teacher_says_of_each_view(labelled, data):
     """The stored labels of a few images against a plain forward pass over the same crops."""
-    from soft_labels import Teacher
-
     recipe, folder, file = labelled
     labels = SoftLabels.load(file)
     images = mz.data.load_images(data, "train")
@@ -399,7 +385,7 @@ def test_soft_labels_are_what_the_teacher_says_of_each_view(labelled, data):
     assert all(len(set(row)) == 3 for row in labels.views.tolist())  # no view twice
     assert labels.info["data_sha256"] == images.sha256()
     assert labels.info["taught_by"] == "mobilenetv1_w025_cifar100.test"
-    teacher = Teacher(load_recipe(recipe), folder, 10, torch.device("cpu"))
+    teacher = soft_labels.Teacher(load_recipe(recipe), folder, 10, torch.device("cpu"))
     for image, draw in ((0, 0), (77, 1), (159, 2)):
         places, mirrored = divmod(int(labels.views[image, draw]), 2)
         top, left = divmod(places, 9)
@@ -410,47 +396,39 @@ def test_soft_labels_are_what_the_teacher_says_of_each_view(labelled, data):
         largest = expected.topk(4).indices
         torch.testing.assert_close(actual[largest], expected[largest], rtol=0.06, atol=2e-3)
         assert actual.sum() == pytest.approx(1.0, abs=1e-5)
-        softer = labels.targets(torch.tensor([image]), torch.tensor([draw]), 4.0)[0]
-        assert softer.max() < actual.max()
 
 
 @pytest.mark.cifar100
 def test_the_shipped_soft_labels_are_the_shipped_teachers(cifar100):
     """A few images, on the CPU; the labels were computed on a GPU, in bfloat16 as here."""
-    from soft_labels import Teacher
-    from training.augment import crop_and_mirror
-
-    recipe = load_recipe(ROOT / "benchmarks" / "recipes" / "teacher_efficientnet_lite2.toml")
-    folder = ROOT / "benchmarks" / "teacher"
-    teacher = Teacher(recipe, folder, 100, torch.device("cpu"))
+    folder = RUNS / "efficientnet_lite2.cutmix_e8_r160"
+    recipe = load_recipe(folder / "recipe.toml")
+    teacher = soft_labels.Teacher(recipe, folder, 100, torch.device("cpu"))
     labels, data = SoftLabels.load(folder / "soft_labels.safetensors"), mz.data.load_images(cifar100, "train")
     assert labels.info["data_sha256"] == data.sha256()
     assert labels.views.shape == (50_000, 16)
     right = (labels.classes[:, :, 0].long() == torch.from_numpy(data.labels)[:, None]).float().mean(1)
-    mask = torch.from_numpy(held_out(data.labels, train.HOLDOUT_PARTS, train.HOLDOUT_SEED))
+    mask = torch.from_numpy(train.held_out(data.labels))
     trained, held = (100 * right[part].mean().item() for part in (~mask, mask))
     assert (round(trained), round(held)) == (96, 83)  # as docs/training.md says
     images, draws = torch.arange(0, 50_000, 4_000), torch.arange(13)
     crops = crop_and_mirror(torch.from_numpy(data.images)[images], labels.views[images, draws], recipe.crop_padding)
     expected, actual = teacher(crops), labels.targets(images, draws, 1.0)
     assert (expected - actual).abs().max() < 0.05
-    assert torch.nn.functional.cosine_similarity(expected, actual).min() > 0.995
+    assert F.cosine_similarity(expected, actual).min() > 0.995
 
 
 def test_soft_labels_soften_like_the_whole_distribution():
     """With every class kept, a temperature does what softmax(logits / T) does, up to the rounding of a file."""
-    from training.soft_labels import pack
-
     logits = 2 * torch.randn(5, 3, 7)
     classes, log_probs, rest = pack(logits.softmax(-1), 7)
-    info = {"num_classes": 7}
-    labels = SoftLabels(torch.zeros(5, 3, dtype=torch.uint8), classes, log_probs, rest, info)
+    labels = SoftLabels(torch.zeros(5, 3, dtype=torch.uint8), classes, log_probs, rest, {"num_classes": 7})
     images, draws = torch.tensor([0, 4, 2]), torch.tensor([2, 0, 1])
     expected = (logits[images, draws] / 2).softmax(-1)
     torch.testing.assert_close(labels.targets(images, draws, 2.0), expected, rtol=0.05, atol=1e-3)
 
 
-def test_distillation_loss_against_its_definition(tmp_path, data):
+def test_distillation_loss_against_its_definition(tmp_path):
     """KL of Hinton et al., weighted by T^2, and the cross-entropy with the labels, as a step adds them up."""
     recipe = load_recipe(write_recipe(tmp_path, soft_labels="x", kd_weight=0.7, ce_weight=0.2, temperature=3.0))
     student = Student(recipe, 10, 100, torch.device("cpu"), tmp_path)
@@ -467,7 +445,7 @@ def test_distillation_loss_against_its_definition(tmp_path, data):
     assert student.sums[0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_students_share_batches_and_soft_labels(tmp_path, data, one_thread, labelled):
+def test_students_share_batches_and_soft_labels(tmp_path, data, labelled):
     """Trained together, each student ends as it does alone."""
     shared = dict(soft_labels=str(labelled[2]), kd_weight=0.9, ce_weight=0.1, cutmix=0.5, sizes=[[1.0, 8]])
     a = write_recipe(tmp_path, BASE, "a", **shared)
@@ -492,17 +470,43 @@ def test_soft_labels_of_other_images_or_crops_are_refused(tmp_path, data, labell
         assert message in capsys.readouterr().err
 
 
+# Augmentation
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_views_are_all_windows_of_the_padded_image_mirrored_or_not(padding):
+    image = torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
+    views = torch.arange(count_views(padding))
+    padded = F.pad(image[0], (0, 0, padding, padding, padding, padding))
+    places = range(2 * padding + 1)
+    windows = [padded[y : y + 32, x : x + 32] for y in places for x in places]
+    expected = [view for window in windows for view in (window, window.flip(1))]
+    actual = crop_and_mirror(image.expand(len(views), -1, -1, -1), views, padding)
+    assert torch.equal(actual, torch.stack(expected))
+
+
+def test_cutmix_rectangles_have_the_area_that_was_drawn():
+    generator = np.random.default_rng(0)
+    boxes = [cutmix_box(generator, 32) for _ in range(2000)]
+    areas = [(rows.stop - rows.start) * (columns.stop - columns.start) / 1024 for rows, columns in boxes]
+    assert all(0 <= s.start <= s.stop <= 32 for box in boxes for s in box)
+    # 1 - lambda is uniform in [0, 1]; edges cut off a part, so the mean lies below a half.
+    assert 0.25 < np.mean(areas) < 0.45
+    assert max(areas) > 0.9
+
+
 def test_cutmix_mixes_targets_by_area(tmp_path, data, labelled):
     recipe = load_recipe(write_recipe(tmp_path, soft_labels=str(labelled[2]), kd_weight=0.9, cutmix=1.0))
     images, labels = mz.data.load_images(data, "train"), SoftLabels.load(labelled[2])
     trainer = train.Trainer([recipe], images, labels, None, torch.device("cpu"), tmp_path)
-    plan = train.Plan(recipe, 0, images, labels, trainer.device)
+    plan = train.Plan(trainer, 0)
     mixed = trainer.batch(plan, 0, 32)
     rows, columns = plan.boxes[0]
     share = (rows.stop - rows.start) * (columns.stop - columns.start) / 1024
     assert 0 < share < 1
     plan.boxes[0] = None
     plain = trainer.batch(plan, 0, 32)
+    assert len(plain) == 3
     for before, after in zip(plain[1:], mixed[1:], strict=True):
         torch.testing.assert_close(after, (1 - share) * before + share * before.flip(0))
     inside = torch.zeros(32, 32, dtype=torch.bool)
@@ -511,126 +515,143 @@ def test_cutmix_mixes_targets_by_area(tmp_path, data, labelled):
     assert torch.equal(mixed[0][:, :, ~inside], plain[0][:, :, ~inside])
 
 
-def test_strided_depthwise_convolutions_stay_out_of_autocast():
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
-    model = torch.nn.Sequential(conv, torch.nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False))
-    keys = list(model.state_dict())
-    adapt_layers(model)
-    assert list(model.state_dict()) == keys
-    twin = copy.deepcopy(model)  # as for the average of the weights
-    x = torch.randn(2, 8, 9, 9, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model[0](x)
-    exact = F.conv2d(x.float(), conv.weight, None, 2, 1, groups=8)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, exact.bfloat16())
-    with torch.no_grad():
-        twin[0].weight.zero_()
-    assert not twin[0](x).any()
-    assert model[0](x).any()
+# The layers that train on a GPU
 
 
-def test_grouped_convolutions_learn_the_same_as_dense_ones():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(8, 12, 1, groups=4))
-    reference, x = copy.deepcopy(model), torch.randn(2, 8, 5, 5)
-    adapt_layers(model)
-    assert "forward" in vars(model[0])
-    for network in (reference, model):
-        network(x).square().sum().backward()
-    torch.testing.assert_close(model(x), reference(x))
-    torch.testing.assert_close(model[0].weight.grad, reference[0].weight.grad)
-    torch.testing.assert_close(model[0].bias.grad, reference[0].bias.grad)
+FUSED = """
+import copy, mobilenets_zoo, timm, torch
+from torch.nn import functional as F
+from training.fused_layers import batch_norm_act, depthwise_conv3x3, fuse_layers
+
+torch.manual_seed(0)
+for channels, size, count in ((24, 7, 3), (144, 4, 2), (100, 5, 2)):
+    x = (torch.randn(count, channels, size, size) * 2 + 0.5).to(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(count, channels, size, size)
+    weight, bias = (torch.rand(channels) + 0.5).requires_grad_(), torch.randn(channels).requires_grad_()
+    for relu6 in (True, False):
+        ours, theirs = ([torch.zeros(channels), torch.ones(channels)] for _ in range(2))
+        y = batch_norm_act(x, weight, bias, *ours, 0.1, 1e-5, relu6)
+        z = F.batch_norm(x, *theirs, weight, bias, True, 0.1, 1e-5)
+        z = F.relu6(z) if relu6 else z
+        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs)
+        for a, b in zip(*(torch.autograd.grad(out, (x, weight, bias), grad) for out in (y, z))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    kernel = torch.randn(channels, 1, 3, 3, requires_grad=True)
+    y, z = depthwise_conv3x3(x, kernel), F.conv2d(x, kernel, padding=1, groups=channels)
+    torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(out, (x, kernel), grad) for out in (y, z))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+plain = timm.create_model("mobilenetv2_lgc_gc_cifar100", width_mult=0.25, num_classes=10).train()
+fused = fuse_layers(copy.deepcopy(plain))
+assert list(fused.state_dict()) == list(plain.state_dict())
+x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+for _ in ("training", "inference"):
+    a, b = plain(x), fused(x)
+    assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    plain.eval(), fused.eval()
+"""
 
 
-def test_recipes_that_disagree_do_not_train_together(tmp_path, data, capsys):
-    a, b = write_recipe(tmp_path, BASE, "a"), write_recipe(tmp_path, LGC, "b")
-    assert run([a, b], data, tmp_path / "out") == 2
-    assert "must agree on sizes" in capsys.readouterr().err
-    assert run([a, a], data, tmp_path / "out") == 2
-    assert "differ in model or tag" in capsys.readouterr().err
+def test_fused_layers_agree_with_pytorch():
+    """By Triton's interpreter on the CPU, in a process of its own: Triton decides at import whether it interprets."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    result = subprocess.run([sys.executable, "-c", FUSED], env=env, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 # The measured result
 
 
-def test_evaluate_script_measures_and_bundles(tmp_path, data, monkeypatch):
-    import evaluate
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """Empty places for runs and weights."""
+    for name in ("runs", "weights"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "weights" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(evaluate, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(evaluate, "WEIGHTS_DIR", tmp_path / "weights")
+    return tmp_path
 
-    root = tmp_path / "project"
-    (root / "weights").mkdir(parents=True)
-    (root / "weights" / "manifest.json").write_text("{}")
-    monkeypatch.setattr(evaluate, "ROOT", root)
-    monkeypatch.setattr(evaluate, "WEIGHTS_DIR", root / "weights")
-    recipe = write_recipe(root, epochs=2)
-    assert run(recipe, data, tmp_path / "out") == 0
-    code = evaluate.main(
-        [str(recipe), "--run", str(tmp_path / "out"), "--data", str(data), "--bundle", "--device", "cpu"]
-    )
-    assert code == 0
-    rows = json.loads((root / "weights" / "manifest.json").read_text())
-    row = rows["mobilenetv1_w025_cifar100.test"]
-    assert row["bytes"] == (root / "weights" / row["file"]).stat().st_size
-    result = json.loads((root / row["result"]).read_text())
+
+def trained(project: Path, data: Path, text: str, **changes) -> tuple[Path, Path]:
+    """Trains a recipe that lies where a kept result's must; returns recipe and run."""
+    recipe = kept_recipe(project, text, **changes)
+    out = project / f"{recipe.parent.name}.{changes.get('seed', 0)}"
+    assert run(recipe, data, out) == 0
+    return recipe, out
+
+
+def kept_recipe(project: Path, text: str, **changes) -> Path:
+    recipe = write_recipe(project, text, epochs=2, **changes)
+    folder = project / "runs" / load_recipe(recipe).name
+    folder.mkdir(exist_ok=True)
+    return recipe.rename(folder / "recipe.toml")
+
+
+def measured(recipe: Path, out: Path, data: Path, *arguments: str) -> int:
+    return evaluate.main([str(recipe), "--run", str(out), "--data", str(data), "--device", "cpu", *arguments])
+
+
+def test_a_result_is_recorded_beside_its_recipe(project, data, capsys):
+    recipe, out = trained(project, data, LGC)
+    assert measured(recipe, out, data, "--record") == 0
+    folder = recipe.parent
+    assert sorted(path.name for path in folder.iterdir()) == ["log.csv", "masks.json", "recipe.toml", "result.json"]
+    result = json.loads((folder / "result.json").read_text())
     assert result["evaluation"]["images"] == 40
     assert len(result["evaluation"]["per_class"]) == 10
-    assert row["taught_by"] is None
-    # Not the model's default tag: its files carry the tag.
-    assert row["file"] == "mobilenetv1_w025_cifar100.test.safetensors"
-    assert (root / "benchmarks" / "logs" / "mobilenetv1_w025_cifar100.test.csv").exists()
+    assert result["recipe"] == json.loads(json.dumps(dataclasses.asdict(load_recipe(recipe))))
+    assert json.loads((project / "weights" / "manifest.json").read_text()) == {}
+    # A recipe from elsewhere can be measured, not kept.
+    outside = write_recipe(project, LGC, epochs=2)
+    assert measured(outside, out, data) == 0
+    assert measured(outside, out, data, "--record") == 2
+    assert f"lies at {recipe}" in capsys.readouterr().err
     # The same tag can't come to mean another weight.
-    changed = write_recipe(root, epochs=3)
-    assert run(changed, data, tmp_path / "other") == 0
-    arguments = ["--run", str(tmp_path / "other"), "--data", str(data), "--bundle", "--device", "cpu"]
-    assert evaluate.main([str(changed), *arguments]) == 2
-    assert json.loads((root / "weights" / "manifest.json").read_text()) == rows
-    # A recipe from outside can be measured, not bundled.
-    outside = write_recipe(tmp_path, epochs=2, name="outside")
-    arguments = [str(outside), "--run", str(tmp_path / "out"), "--data", str(data), "--device", "cpu"]
-    assert evaluate.main([*arguments, "--bundle"]) == 2
-    assert evaluate.main(arguments) == 0
-    # What isn't bundled can leave its result and log.
-    arguments = ["--run", str(tmp_path / "out"), "--data", str(data), "--record", "--device", "cpu"]
-    assert evaluate.main([str(outside), *arguments]) == 2
-    other = write_recipe(root, name="other", tag="other", epochs=2)
-    assert evaluate.main([str(other), *arguments]) == 0
-    kept = json.loads((root / "benchmarks" / "results" / "mobilenetv1_w025_cifar100.other.json").read_text())
-    assert (kept["tag"], kept["evaluation"]["top1"]) == ("other", result["evaluation"]["top1"])
-    assert json.loads((root / "weights" / "manifest.json").read_text()) == rows
-    assert len(list((root / "weights").glob("*.safetensors"))) == 1
-    # A default weight that another started from and replaces is kept, so that the recipe can be run again.
-    monkeypatch.setattr(evaluate, "file_stem", lambda recipe: recipe.model)
-    assert evaluate.main([str(other), *arguments]) == 2  # a default is bundled
-    first, run_folder = load_recipe(recipe), tmp_path / "out"
-    second = dataclasses.replace(first, tag="second", init_from=f"{first.model}.{first.tag}")
-    evaluate.bundle(first, run_folder, result)
-    weight = (root / "weights" / f"{first.model}.safetensors").read_bytes()
-    evaluate.bundle(second, tmp_path / "other", {**result, "training_loss": 0.5})
-    assert list(json.loads((root / "weights" / "manifest.json").read_text())) == [f"{first.model}.second"]
-    earlier = root / "benchmarks" / "earlier" / second.init_from
-    assert (earlier / "model.safetensors").read_bytes() == weight
-    assert (earlier / "log.csv").read_bytes() == (run_folder / "log.csv").read_bytes()
-    assert json.loads((earlier / "result.json").read_text()) == result
-    assert (root / "weights" / f"{first.model}.safetensors").read_bytes() != weight
+    _, other = trained(project, data, LGC, seed=1)
+    assert measured(recipe, other, data, "--bundle") == 2
+    assert "a new training needs a new tag" in capsys.readouterr().err
+    assert json.loads((folder / "result.json").read_text()) == result
+    (out / "model.safetensors").write_bytes(b"damaged")
+    assert measured(recipe, out, data) == 2
+    assert "can't be loaded into mobilenetv2_lgc_cifar100" in capsys.readouterr().err
 
 
-def test_muon_in_float32(monkeypatch):
-    """Recipes for CPUs without bfloat16 take Muon's products in float32, and leave timm as it was."""
-    seen = []
-    original = muon.zeropower_via_newtonschulz
+def test_a_weight_is_bundled_and_makes_place_for_the_next(project, data, monkeypatch):
+    (first, out), weights = trained(project, data, BASE), project / "weights"
+    assert measured(first, out, data, "--bundle") == 0
+    name = load_recipe(first).name
+    row = json.loads((weights / "manifest.json").read_text())[name]
+    assert row["bytes"] == (weights / row["file"]).stat().st_size
+    assert (row["recipe"], row["result"]) == tuple(
+        f"benchmarks/runs/{name}/{f}" for f in ("recipe.toml", "result.json")
+    )
+    assert row["taught_by"] is None
+    assert row["file"] == f"{name}.safetensors"  # not the model's default tag
+    # A default weight's file is the model's; the one that it replaces stays where a recipe starts from it.
+    second = kept_recipe(project, BASE, tag="second")
+    third = kept_recipe(project, BASE, tag="third", init_from=load_recipe(second).name)
+    fourth, other = trained(project, data, BASE, tag="fourth", seed=1)
+    for recipe, run_folder in ((second, out), (third, other), (fourth, out)):
+        default = SimpleNamespace(tag=load_recipe(recipe).tag)
+        monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _, cfg=default: cfg)
+        assert measured(recipe, run_folder, data, "--bundle") == 0
+        rows = json.loads((weights / "manifest.json").read_text())
+        assert sorted(rows) == sorted([name, recipe.parent.name])
+        assert rows[recipe.parent.name]["file"] == "mobilenetv1_w025_cifar100.safetensors"
+    assert (second.parent / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert not (third.parent / "model.safetensors").exists()
 
-    def spy(*args, **arguments):
-        result = original(*args, **arguments)
-        seen.append(result.dtype)
-        return result
 
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
-    layer = torch.nn.Linear(8, 4, bias=False)
-    optimizer = create_optimizer_v2(layer, "nmuon", lr=0.1)
-    for context in (contextlib.nullcontext(), orthogonalize_in_float32()):
-        layer(torch.ones(2, 8)).sum().backward()
-        with context:
-            optimizer.step()
-    assert muon.zeropower_via_newtonschulz is spy
-    assert seen == [torch.bfloat16, torch.float32]
+def test_the_teacher_is_that_of_the_weight_a_chain_starts_from(project, labelled):
+    taught = load_recipe(kept_recipe(project, BASE, soft_labels=str(labelled[2]), kd_weight=1.0))
+    assert evaluate.taught_by(taught) == "mobilenetv1_w025_cifar100.test"
+    (project / "runs" / taught.name / "result.json").write_text('{"taught_by": "somebody"}')
+    teacher = "efficientnet_lite2.cutmix_e8_r160, pretrained on ImageNet-1k"
+    for start, expected in ((taught.name, "somebody"), ("mobilenetv2_cifar100.kd_e26_r32", teacher), ("", None)):
+        recipe = dataclasses.replace(taught, soft_labels="", kd_weight=0, init_from=start)
+        assert evaluate.taught_by(recipe) == expected

@@ -1,8 +1,7 @@
 """The weights that a training starts from: another network's, in the form that the new one needs.
 
 A recipe's `init_from` is one of
-- "NAME" or "NAME.TAG", a zoo model with weights, in the package or, where another has taken its place there, in
-  benchmarks/earlier/; or "NAME=FILE", that model with the weights of a safetensors file;
+- "MODEL.TAG", a weight of the package or, where another has taken its place there, of benchmarks/runs/MODEL.TAG/;
 - "package:MODULE/FILE", a PyTorch file inside an installed package, checked by its sha256, whose tensors have the order
   and the shapes of the network's own.
 
@@ -26,11 +25,9 @@ from torch import nn
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
+from training.recipe import RUNS
 
-__all__ = ["EARLIER", "start_from", "transfer"]
-
-# Weights that others started from and replaced, a folder NAME.TAG each.
-EARLIER = Path(__file__).resolve().parents[1] / "earlier"
+__all__ = ["start_from", "transfer"]
 
 
 def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
@@ -42,16 +39,15 @@ def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
     if source.startswith("package:"):
         _load_package_file(model, source, sha256)
         return
-    name, _, file = source.partition("=")
-    kept = EARLIER / source / "model.safetensors"
-    if source not in mz.manifest() and kept.is_file():
-        name, file = source.partition(".")[0], str(kept)
     try:
-        overlay = {"file": file} if file else None
-        origin = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        if source in mz.manifest():
+            origin = timm.create_model(source, pretrained=True)
+        else:
+            overlay = {"file": str(RUNS / source / "model.safetensors")}
+            origin = timm.create_model(source.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay)
+        transfer(origin, model)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"init_from {source!r} can't be loaded: {error}") from error
-    transfer(origin, model)
 
 
 def _load_package_file(model: nn.Module, source: str, sha256: str) -> None:
@@ -83,6 +79,7 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
 
     Raises:
         ValueError: there is no rule for this pair.
+        RuntimeError: head or classifier have another size.
     """
     refusal = f"no rule starts {type(target).__name__} from this {type(source).__name__}"
     if isinstance(source, mz.MobileNetV1) and isinstance(target, mz.MobileNetV1):
@@ -100,13 +97,6 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def _load(source: nn.Module, target: nn.Module, refusal: str) -> None:
-    try:
-        target.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"{refusal}: {' '.join(str(error).split())}") from error
 
 
 # MobileNetV2
@@ -144,7 +134,7 @@ def _narrow(source: nn.Module, target: nn.Module, refusal: str) -> None:
         inputs = outputs
     _load_columns(source.get_submodule("head_conv.conv"), target.get_submodule("head_conv.conv"), inputs)
     for name in ("head_conv.bn", "classifier"):
-        _load(source.get_submodule(name), target.get_submodule(name), refusal)
+        target.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
 
 
 def _written(model: nn.Module) -> list[torch.Tensor]:

@@ -11,7 +11,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["SHARED_FIELDS", "Recipe", "load_recipe"]
+__all__ = ["RUNS", "SHARED_FIELDS", "Recipe", "load_recipe"]
+
+# A folder MODEL.TAG per run: recipe.toml, log.csv, result.json, where needed masks.json and model.safetensors.
+RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 # What decides which images and targets a step sees, and how long the training is.
 SHARED_FIELDS = (
@@ -40,7 +43,7 @@ class Recipe:
         lr: peak learning rate; linear warm-up over `warmup_epochs`, then a cosine to zero, updated every step.
         momentum: of SGD and Muon.
         weight_decay: not applied to BatchNorm and biases.
-        ema_decay: decay per step of the exponential moving average of the weights; 0 turns it off.
+        ema_decay: decay per step of the exponential moving average of the weights; 0 keeps the last weights.
         bn_batches: batches, cropped and mirrored only, that BatchNorm's statistics are re-estimated on at the end.
         crop_padding: zero padding, in pixels, around the image before the random crop.
         cutmix: share of the batches that are mixed by CutMix (arXiv 1905.04899), alpha 1.
@@ -94,6 +97,11 @@ class Recipe:
         if not self.init_from.startswith("package:") == bool(self.init_sha256) == bool(self.pretraining):
             raise ValueError("init_from = 'package:...', init_sha256 and pretraining go together: set all or none")
 
+    @property
+    def name(self) -> str:
+        """The weight's name, "model.tag"."""
+        return f"{self.model}.{self.tag}"
+
     def size_at(self, epoch: int) -> int:
         """Returns the training resolution of an epoch (counted from 0), in pixels."""
         end = 0.0
@@ -112,22 +120,16 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path}: can't be read as a TOML recipe: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known are {', '.join(fields)}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{path}: missing keys {', '.join(missing)}")
-    if "sizes" in values:
-        values["sizes"] = tuple((float(share), int(size)) for share, size in values["sizes"])
-    try:
+        known = [field.name for field in dataclasses.fields(Recipe)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+        if "sizes" in values:
+            values["sizes"] = tuple((float(share), int(size)) for share, size in values["sizes"])
         return Recipe(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # of TOML and its encoding too; a missing key's TypeError names it
+        raise ValueError(f"{path}: {str(error).removeprefix('Recipe.__init__() ')}") from error

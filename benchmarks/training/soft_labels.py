@@ -7,6 +7,7 @@ probability at most, up to 12.75 nats).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mobilenets_zoo.files import atomic_write
 __all__ = ["SoftLabels", "pack"]
 
 STEPS_PER_NAT = 20.0
+TENSORS = ("views", "classes", "log_probs", "rest")
 
 
 @dataclass
@@ -41,15 +43,17 @@ class SoftLabels:
     rest: torch.Tensor
     info: dict[str, Any]
 
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: function(getattr(self, name)) for name in TENSORS}
+
     def to(self, device: torch.device) -> "SoftLabels":
         """Returns the labels on a device; on the CPU they stay mapped from the file."""
-        views, classes, log_probs, rest = (t.to(device) for t in (self.views, self.classes, self.log_probs, self.rest))
-        return SoftLabels(views, classes, log_probs, rest, self.info)
+        return SoftLabels(**self._map(lambda tensor: tensor.to(device)), info=self.info)
 
     def subset(self, mask: np.ndarray) -> "SoftLabels":
         """Returns the labels of the images that a mask (N,) names."""
         kept = torch.from_numpy(mask)
-        return SoftLabels(self.views[kept], self.classes[kept], self.log_probs[kept], self.rest[kept], info=self.info)
+        return SoftLabels(**self._map(lambda tensor: tensor[kept]), info=self.info)
 
     def targets(self, images: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
         """Returns the teacher's distributions, softened by a temperature.
@@ -72,8 +76,7 @@ class SoftLabels:
         return target / target.sum(1, keepdim=True)
 
     def save(self, path: Path) -> None:
-        tensors = {"views": self.views, "classes": self.classes, "log_probs": self.log_probs, "rest": self.rest}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = self._map(lambda tensor: tensor.cpu().contiguous())
         with atomic_write(path) as file:
             file.write(safetensors.torch.save(tensors, metadata={"info": json.dumps(self.info, sort_keys=True)}))
 

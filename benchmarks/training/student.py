@@ -1,9 +1,6 @@
 """One network that learns: weights, their average, optimiser, pruning stages and log."""
 
-import contextlib
-import copy
 import csv
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,11 +10,11 @@ import numpy as np
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
-from training.cpu import adapt_layers, orthogonalize_in_float32
 from training.initial_weights import start_from
 from training.recipe import Recipe
 
@@ -25,12 +22,18 @@ __all__ = ["LOG_FIELDS", "Student"]
 
 LOG_FIELDS = (
     *("epoch", "size", "lr", "train_loss", "train_top1", "holdout_loss", "holdout_top1"),
-    *("images_per_second", "images_per_second_per_core", "seconds"),
+    *("images_per_second", "seconds"),
 )
 
 
 class Student:
-    """What one recipe's network needs to take steps, stop and go on."""
+    """What one recipe's network needs to take steps, stop and go on.
+
+    Attributes:
+        model: the network that takes steps; on a GPU some of its layers compute in another way.
+        average: its `module` is what the training leaves: a plain network with the average of the weights, or with the
+            last ones where the recipe has no average.
+    """
 
     def __init__(self, recipe: Recipe, num_classes: int, total_steps: int, device: torch.device, out: Path):
         self.recipe, self.out, self.total_steps = recipe, out, total_steps
@@ -39,7 +42,8 @@ class Student:
         if recipe.init_from:
             start_from(model, recipe.init_from, recipe.init_sha256)
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
-        self.average = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
+        # In step n, from 0 on, the decay is n / (n + 10), and ema_decay at most.
+        self.average = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
         arguments: dict[str, Any] = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
         # Only these take part in a CUDA graph: their learning rate is a tensor that a step reads.
         self.capturable = device.type == "cuda" and recipe.optimizer in ("nmuon", "adamw")
@@ -47,8 +51,6 @@ class Student:
             from training.fused_layers import fuse_layers  # imports triton
 
             fuse_layers(self.model)
-        else:
-            adapt_layers(self.model)
         if self.capturable:
             arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
         self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
@@ -74,7 +76,7 @@ class Student:
             else:
                 group["lr"] = lr
 
-    def update(self, images: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor | None) -> None:
+    def update(self, images: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor | None = None) -> None:
         """Takes one optimiser step; a CUDA graph may hold all of it.
 
         Args:
@@ -94,8 +96,7 @@ class Student:
             loss = loss + recipe.kd_weight * recipe.temperature**2 * divergence
         self.optimizer.zero_grad()
         loss.backward()
-        with contextlib.nullcontext() if enabled else orthogonalize_in_float32():
-            self.optimizer.step()
+        self.optimizer.step()
         with torch.no_grad():
             correct = (logits.argmax(1) == hard.argmax(1)).double().mean()
             self.sums += torch.stack([loss.detach().double(), correct])
@@ -116,18 +117,9 @@ class Student:
         for name, layer in self.learned.items():
             keep = layer.mask.repeat_interleave(layer.out_channels // layer.groups, 0)[:, :, None, None]
             states = [value for value in self.optimizer.state[layer.weight].values() if torch.is_tensor(value)]
-            tensors = [layer.weight.data, *(value for value in states if value.shape == keep.shape)]
-            if self.average is not None:
-                average = self.average.model.get_submodule(name)
-                assert isinstance(average, mz.LearnedGroupConv2d)
-                average.mask.copy_(layer.mask)
-                tensors.append(average.weight.data)
-            for tensor in tensors:
+            average = self.average.module.get_parameter(f"{name}.weight").data
+            for tensor in (layer.weight.data, average, *(value for value in states if value.shape == keep.shape)):
                 tensor.mul_(keep)
-
-    def final_model(self) -> nn.Module:
-        """Returns the average of the last epoch, or the last weights where the recipe keeps no average."""
-        return self.average.model if self.average is not None else self.model
 
     def write_logs(self) -> None:
         with mz.files.atomic_write(self.out / "log.csv", "w", newline="") as file:
@@ -141,9 +133,8 @@ class Student:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
-            "average": self.average.model.state_dict() if self.average is not None else None,
+            "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "sums": self.sums,
@@ -152,36 +143,10 @@ class Student:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["recipe"] != dataclasses.asdict(self.recipe):
-            raise ValueError(
-                f"the checkpoint was made with another recipe for {self.recipe.model}; choose another --out"
-            )
         self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
+        self.average.module.load_state_dict(state["average"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums.copy_(state["sums"])
         self.log, self.masks = state["log"], state["masks"]
-
-
-class Average:
-    """The exponential moving average of a network's weights and statistics, with a warm-up.
-
-    timm's ModelEmaV3 builds both state dicts anew at every step; here the tensors are collected once.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self._pairs = [
-            [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
-            for network in (self.model, model)
-        ]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves towards the network after optimiser step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1.0 - decay)
