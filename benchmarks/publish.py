@@ -35,7 +35,7 @@ CARD = ROOT / "benchmarks" / "model_card.md"
 
 
 def is_default(entry: WeightEntry) -> bool:
-    return default_entry(entry.model) == entry
+    return default_entry(entry.model).name == entry.name
 
 
 def build_folder(entry: WeightEntry, folder: Path, namespace: str) -> None:
@@ -52,11 +52,8 @@ def build_folder(entry: WeightEntry, folder: Path, namespace: str) -> None:
     (folder / "README.md").write_text(model_card(entry, namespace), encoding="utf-8")
 
     images = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
-    forms: list[dict[str, bool]] = [{}]
-    if mz.learned_layers(model):
-        forms += [{"condensed": True}, {"condensed": False}]
-    for form in forms:
-        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, **form).eval()
+    for condensed in (None, True, False) if mz.learned_layers(model) else (None,):
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, condensed=condensed).eval()
         try:
             mz.check_equivalent(model, loaded, images)
         except ValueError as error:
@@ -68,14 +65,14 @@ def model_card(entry: WeightEntry, namespace: str) -> str:
 
     Parts between `<!-- only KIND -->` and `<!-- end -->` that are for other kinds of weights are left out.
     """
-    result: dict[str, Any] = json.loads((ROOT / entry.result).read_text(encoding="utf-8"))
-    with open((ROOT / entry.result).with_name("log.csv"), newline="", encoding="utf-8") as file:
+    path = ROOT / entry.result
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    with open(path.with_name("log.csv"), newline="", encoding="utf-8") as file:
         epochs = list(csv.DictReader(file))
-    shown = {round(k * (len(epochs) - 1) / 10) for k in range(11)}
+    step = max(1, len(epochs) // 10)
     curve = [
-        f"| {row['epoch']} | {row['size']} | {float(row['train_loss']):.3f} | {float(row['train_top1']):.1f} |"
-        for i, row in enumerate(epochs)
-        if i in shown
+        f"| {epoch['epoch']} | {epoch['size']} | {float(epoch['train_loss']):.3f} | {float(epoch['train_top1']):.1f} |"
+        for epoch in epochs[(len(epochs) - 1) % step :: step]
     ]
     repo = f"{namespace}/{entry.model}"
     kinds = {"learned" if "lgc" in entry.model else "plain", "taught" if entry.taught_by else "untaught"}
