@@ -80,10 +80,10 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick_reads_and_one_thread(monkeypatch):
-    monkeypatch.setattr(train, "READ_EVERY", 1)
+def one_thread():
+    """Results are the same bit by bit."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # results are the same bit by bit
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -123,8 +123,7 @@ def same_outcome(a: Path, b: Path) -> bool:
 
 def start(recipes: list[Path], data: Path, out: Path) -> subprocess.Popen:
     """Starts a training in a process of its own, with a checkpoint at every step."""
-    lines = ["import sys, torch, train", "torch.set_num_threads(1)", "train.CHECKPOINT_SECONDS = 0"]
-    program = "\n".join([*lines, "train.READ_EVERY = 1", "sys.exit(train.main())"])
+    program = "import sys, torch, train\ntorch.set_num_threads(1)\ntrain.CHECKPOINT_SECONDS = 0\nsys.exit(train.main())"
     arguments = [*map(str, recipes), "--data", str(data), "--out", str(out), "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
     return subprocess.Popen([sys.executable, "-c", program, *arguments], env=env, stderr=subprocess.PIPE, text=True)
