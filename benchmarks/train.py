@@ -36,7 +36,7 @@ from mobilenets_zoo.evaluation import preprocess
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 180
-READ_EVERY = 20  # steps between reads of loss and accuracy from the device, which stall a GPU
+READ_EVERY = 20  # steps between reads of loss and accuracy from a GPU, which stall it
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels, optimisers make their state
 
 
@@ -147,7 +147,7 @@ class Trainer:
             for i in range(first, self.steps_per_epoch):
                 self.train_step(plan, i, size)
                 last = i + 1 == self.steps_per_epoch
-                if not last and (i + 1) % READ_EVERY:
+                if self.device.type == "cuda" and not last and (i + 1) % READ_EVERY:
                     continue
                 values = self.read_sums()
                 now = time.monotonic()
