@@ -1,1 +1,0 @@
-"""What every measurement shares: where it ran, and how the forms of the same work take turns."""
