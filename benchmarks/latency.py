@@ -144,17 +144,11 @@ def replaced(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.M
     return result.eval()
 
 
-def with_random_batchnorm(model: nn.Module) -> nn.Module:
-    """Gives BatchNorm shifts and statistics other than zero, as training does.
-
-    With zeros, files come out without the convolutions' biases, and ONNX Runtime fuses additions into convolutions
-    that have one only.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for shift in (module.bias, module.running_mean):
-                assert shift is not None
-                nn.init.normal_(shift, std=0.1)
+def with_random_biases(model: nn.Module) -> nn.Module:
+    """Without them a file has no biases, and ONNX Runtime fuses additions only into convolutions that have one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -177,7 +171,7 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
 def model_forms(name: str, compiled: bool = False) -> Iterable[Form]:
     """Yields the forms of a model with its default weights, and what is compared with it; of a peer, itself."""
     if name in PEERS:
-        yield Form(name, "plain", None, with_random_batchnorm(PEERS[name]()))
+        yield Form(name, "plain", None, with_random_biases(PEERS[name]()))
         return
     model = timm.create_model(name, pretrained=True).eval()
     weight = f"{name}.{timm.get_pretrained_cfg(name).tag}"
@@ -196,7 +190,7 @@ def model_forms(name: str, compiled: bool = False) -> Iterable[Form]:
         without = replaced(model, nn.ChannelShuffle, lambda shuffle: nn.Identity())
         yield Form(LIMIT, "optimized", None, mz.optimize_for_inference(without))
     if name == "mobilenetv2_cifar100":
-        narrow = with_random_batchnorm(timm.create_model(name, width_mult=NARROW_WIDTH))
+        narrow = with_random_biases(timm.create_model(name, width_mult=NARROW_WIDTH))
         yield Form(f"{name}, width_mult={NARROW_WIDTH}", "optimized", None, mz.optimize_for_inference(narrow))
 
 
