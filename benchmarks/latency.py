@@ -1,88 +1,130 @@
-"""Times every model in every form, and its peers, in one run.
+"""Times every model with the weights that it ships, in every form, and a few peers, in one run.
 
-    python benchmarks/latency.py --out benchmarks/results/latency.json
+    python benchmarks/latency.py --out benchmarks/timings/latency.json
+    python benchmarks/latency.py --layers --out benchmarks/timings/layers.json
 
-Needs `pip install '.[onnx]'`; OpenVINO is timed where it is installed. Within a cell
-(runtime, threads, batch) all forms run in turns and in changing order, so that drift of the machine hits all alike;
-what counts are ratios within a cell. Files are timed in several passes over all cells, with sessions made anew and in
-random order: a machine whose speed changes for minutes is met more than once. Each pass keeps its own medians, because
-times at two speeds of the machine, pooled, have a median that falls on either. Forms:
+Needs `pip install '.[onnx]'`. Within a cell (runtime, precision, threads, batch) all forms run in turns and in changing
+order, so that drift of the machine hits all alike; what counts are ratios within a cell. Cells are timed in several
+passes, with sessions made anew and in random order: a machine whose speed changes for minutes is met more than once.
+Each pass keeps its own median, because times at two speeds of the machine, pooled, have a median that falls on either.
+Forms:
 
 - plain: the network as it trains, BatchNorm unfused in eager PyTorch; masked layers compute like dense ones;
 - textbook: a gather, a grouped convolution and a channel shuffle per learned layer, as CondenseNet deploys it;
 - condensed: what mz.condense makes, without the shuffle;
-- optimized: what mz.optimize_for_inference makes (int8: with dense=True).
+- optimized: what mz.optimize_for_inference makes (int8: with dense=True);
+- compiled: the optimized network through torch.compile, in eager PyTorch's cells, for the models of --compile.
 
 "gc without shuffles" is mobilenetv2_gc_cifar100 as it would be if groups needed no mixing at all: what grouped
-convolutions alone can give, the limit for every learned form that is as small.
+convolutions alone can give, the limit for every learned form that is as small. "mobilenetv2_cifar100, width_mult=0.55"
+is the dense network narrowed to the multiply-adds of those whose 1x1 layers are all grouped. It and the peers have
+random weights; they and the limit have no "weight" in the file.
 
-"mobilenetv2_cifar100, width_mult=0.55" is the dense network narrowed to the multiply-adds of those whose 1x1 layers are
-all grouped.
-
-Models without weights get random weights and random finished masks, "weights" says which. Peers have random weights.
+--layers times single 1x1 layers instead, dense against condensed ones with random masks, in eager PyTorch:
+`gather_pays` (mobilenets_zoo/lgc/gather.py) follows from them.
 """
 
 import argparse
 import copy
 import json
+import multiprocessing
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import onnxruntime
 import timm
 import torch
-import torchvision
-from measuring.environment import environment
-from measuring.timing import interleaved
+from measuring import environment, interleaved
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from torch import nn
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.lgc.layers import CondensedConv2d
 
-ROOT = Path(__file__).resolve().parent.parent
-THREADS = (1, 2)
-BATCHES = {"onnxruntime": (1, 4, 8, 64), "openvino": (1, 64), "eager": (1, 8)}
 PASSES = 3
 # Runs of each form that a pass makes even where they take longer than their share of time.
 PASS_ROUNDS = 2
 CALIBRATION_IMAGES = 64
-NARROW = 0.55  # width_mult at which the dense network has as many multiply-adds as those with groups everywhere
+LIMIT, NARROW_WIDTH = "gc without shuffles", 0.55
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# Layers of mobilenetv2_lgc_cifar100: input channels, output channels, pixels along a side.
+LAYERS = ((24, 144, 32), (192, 32, 32), (64, 384, 16), (576, 96, 16), (160, 960, 8), (960, 320, 8))
 
-# Prints the MiB by which a session and a run on one image raise a bare process's peak memory. Linux only; getrusage
-# would count the parent's memory, which a child inherits until it executes another program.
-PEAK_MEMORY = """
-import sys
-import numpy, onnxruntime
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-before = peak()
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.log_severity_level = 1, 3
-session = onnxruntime.InferenceSession(sys.argv[1], options)
-session.run(None, {session.get_inputs()[0].name: numpy.zeros((1, 3, 32, 32), numpy.float32)})
-print(peak() - before)
-"""
+
+@dataclass(frozen=True)
+class Cell:
+    """Where forms are compared."""
+
+    runtime: str
+    threads: int
+    batch: int
+    precision: str = "fp32"
+    layout: str = "NCHW"
+
+
+EAGER_CELLS = (Cell("eager", 1, 1, layout="channels_last"),)
+ORT_CELLS = (
+    *(Cell("onnxruntime", threads, batch) for threads, batch in ((1, 1), (2, 1), (1, 64))),
+    Cell("onnxruntime", 1, 1, "int8"),
+)
+LAYER_CELLS = tuple(Cell("eager", 1, batch, layout=layout) for batch in (1, 16) for layout in LAYOUTS)
+
+
+@dataclass
+class Form:
+    """What is timed: a network in one form and precision.
+
+    Attributes:
+        model: registered name, or a label for a network that isn't shipped.
+        form: one of those that the module's docstring lists.
+        weight: "MODEL.TAG" of the weights; None for networks that aren't shipped.
+        network: in evaluation mode and single precision; where `precision` is "int8", what its ONNX file quantises.
+        size: (channels, height, width) of its input.
+        path: its ONNX file, once it has one.
+        cost: parameters and multiply-adds of this very network.
+    """
+
+    model: str
+    form: str
+    weight: Optional[str]
+    network: nn.Module
+    precision: str = "fp32"
+    size: tuple[int, int, int] = (3, 32, 32)
+    path: Optional[Path] = None
+
+    def __post_init__(self) -> None:
+        self.cost = mz.profile(self.network, self.size)
+        if self.form == "compiled":
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
+
+    def fits(self, cell: Cell) -> bool:
+        return self.precision == cell.precision and (cell.runtime == "eager" or self.path is not None)
+
+    @property
+    def file(self) -> str:
+        return f"{self.model}.{self.form}.{self.precision}.onnx"
+
+    def row(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("model", "form", "weight", "precision")}
+        return own | asdict(self.cost) | ({"bytes": self.path.stat().st_size} if self.path else {})
 
 
 class Textbook(nn.Module):
     """A condensed layer as in CondenseNet: output groups are interleaved and shuffled into place."""
 
-    def __init__(self, layer: CondensedConv2d):
+    def __init__(self, layer: mz.CondensedConv2d):
         super().__init__()
-        self.conv = nn.Conv2d(
-            layer.weight.shape[1] * layer.groups, layer.out_channels, 1, groups=layer.groups, bias=False
-        )
+        inputs = layer.weight.shape[1] * layer.groups
+        self.conv = nn.Conv2d(inputs, layer.out_channels, 1, groups=layer.groups, bias=False)
         self.conv.weight = nn.Parameter(layer.weight.detach().clone())
         self.register_buffer("index", layer.index.clone())
         self.index: torch.Tensor
@@ -92,55 +134,27 @@ class Textbook(nn.Module):
         return self.shuffle(self.conv(x.index_select(1, self.index)))
 
 
-def textbook(model: nn.Module) -> nn.Module:
-    """Returns a condensed copy with `Textbook` layers: the same work, the channels in another order."""
-    condensed = mz.condense(model)
-    for module in list(condensed.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, CondensedConv2d):
-                setattr(module, name, Textbook(child))
-    return condensed.eval()
-
-
-def without_shuffles(model: nn.Module) -> nn.Module:
+def replaced(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> nn.Module:
+    """Returns a copy in which `make` has replaced every module of a kind."""
     result = copy.deepcopy(model)
     for module in list(result.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.ChannelShuffle):
-                setattr(module, name, nn.Identity())
-    return result
+            if isinstance(child, kind):
+                setattr(module, name, make(child))
+    return result.eval()
 
 
-def with_random_batchnorm(model: nn.Module) -> nn.Module:
-    """Gives BatchNorm shifts and statistics other than zero, as training does.
-
-    With zeros, files come out without the convolutions' biases, and ONNX Runtime fuses additions into convolutions
-    that have one only.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for shift in (module.bias, module.running_mean):
-                assert shift is not None
-                nn.init.normal_(shift, std=0.1)
-    return model
-
-
-def zoo_model(name: str) -> tuple[nn.Module, str]:
-    """Returns a model and the tag of its weights, or "random"."""
-    try:
-        entry = mz.pretrained.default_entry(name)
-    except mz.WeightsError:
-        torch.manual_seed(0)
-        model = timm.create_model(name)
-        for layer in mz.learned_layers(model).values():
-            layer.prune_(layer.in_channels // layer.condense_factor)
-        return with_random_batchnorm(model).eval(), "random"
-    return timm.create_model(name, pretrained=True).eval(), entry.tag
+def with_random_biases(model: nn.Module) -> nn.Module:
+    """Without them a file has no biases, and ONNX Runtime fuses additions only into convolutions that have one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 def cifar_mobilenet_v2() -> nn.Module:
-    """torchvision's MobileNetV2 with stride 1 in the stem and the first two sections, as usual for CIFAR."""
-    model = torchvision.models.mobilenet_v2(num_classes=100)
+    """timm's MobileNetV2 with stride 1 in the stem and the first two sections, as usual for CIFAR."""
+    model = timm.create_model("mobilenetv2_100", num_classes=100)
     strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
     for conv in strided[:2]:
         conv.stride = (1, 1)
@@ -150,193 +164,131 @@ def cifar_mobilenet_v2() -> nn.Module:
 PEERS: dict[str, Callable[[], nn.Module]] = {
     "timm mobilenetv2_100": partial(timm.create_model, "mobilenetv2_100", num_classes=100),
     "timm mobilenetv3_small_100": partial(timm.create_model, "mobilenetv3_small_100", num_classes=100),
-    "timm mobilenetv4_conv_small": partial(timm.create_model, "mobilenetv4_conv_small", num_classes=100),
-    "torchvision shufflenet_v2_x1_0": partial(torchvision.models.shufflenet_v2_x1_0, num_classes=100),
     "CIFAR MobileNetV2, stem stride 1": cifar_mobilenet_v2,
 }
 
 
-def build_forms(names: list[str], peers: bool) -> list[dict[str, Any]]:
-    """Returns one entry per model and form: model, form, weights, params, macs, network, int8_network."""
-    entries = []
-
-    def add(model: str, form: str, weights: str, network: nn.Module, int8: nn.Module | None) -> None:
-        cost = mz.profile(network) if form != "optimized" else None
-        entry = dict(model=model, form=form, weights=weights, network=network, int8_network=int8)
-        entries.append(entry | dict(params=cost and cost.params, macs=cost and cost.macs))
-
-    for name in names:
-        model, weights = zoo_model(name)
-        add(name, "plain", weights, model, model)
-        if mz.learned_layers(model):
-            add(name, "textbook", weights, textbook(model), None)
-            add(name, "condensed", weights, mz.condense(model).eval(), None)
-        add(name, "optimized", weights, mz.optimize_for_inference(model), mz.optimize_for_inference(model, dense=True))
-        if name == "mobilenetv2_gc_cifar100":
-            ceiling = without_shuffles(model)
-            add("gc without shuffles", "plain", weights, ceiling, ceiling)
-            add("gc without shuffles", "optimized", weights, mz.optimize_for_inference(ceiling), None)
-        if name == "mobilenetv2_cifar100":
-            torch.manual_seed(0)
-            narrow = with_random_batchnorm(timm.create_model(name, width_mult=NARROW)).eval()
-            for form, network in (("plain", narrow), ("optimized", mz.optimize_for_inference(narrow))):
-                add(f"{name}, width_mult={NARROW}", form, "random", network, None)
-    for name, create in PEERS.items() if peers else ():
-        torch.manual_seed(0)
-        peer = with_random_batchnorm(create()).eval()
-        if not hasattr(peer, "pretrained_cfg"):  # calibration normalises its images
-            cfg = timm.get_pretrained_cfg("mobilenetv2_cifar100")
-            peer.pretrained_cfg = {"mean": cfg.mean, "std": cfg.std}  # type: ignore[assignment]
-        add(name, "plain", "random", peer, peer)
-    return entries
+def model_forms(name: str, compiled: bool = False) -> Iterable[Form]:
+    """Yields the forms of a model with its default weights, and what is compared with it; of a peer, itself."""
+    if name in PEERS:
+        yield Form(name, "plain", None, with_random_biases(PEERS[name]()))
+        return
+    model = timm.create_model(name, pretrained=True).eval()
+    weight = f"{name}.{timm.get_pretrained_cfg(name).tag}"
+    optimized = mz.optimize_for_inference(model)
+    yield Form(name, "plain", weight, model)
+    if mz.learned_layers(model):
+        condensed = mz.condense(model).eval()
+        yield Form(name, "textbook", weight, replaced(condensed, mz.CondensedConv2d, Textbook))
+        yield Form(name, "condensed", weight, condensed)
+    yield Form(name, "optimized", weight, optimized)
+    if compiled:
+        yield Form(name, "compiled", weight, copy.deepcopy(optimized))
+    yield Form(name, "plain", weight, model, "int8")
+    yield Form(name, "optimized", weight, mz.optimize_for_inference(model, dense=True), "int8")
+    if name == "mobilenetv2_gc_cifar100":
+        without = replaced(model, nn.ChannelShuffle, lambda shuffle: nn.Identity())
+        yield Form(LIMIT, "optimized", None, mz.optimize_for_inference(without))
+    if name == "mobilenetv2_cifar100":
+        narrow = with_random_biases(timm.create_model(name, width_mult=NARROW_WIDTH))
+        yield Form(f"{name}, width_mult={NARROW_WIDTH}", "optimized", None, mz.optimize_for_inference(narrow))
 
 
-def export_all(
-    entries: list[dict[str, Any]], precisions: list[str], folder: Path, progress: Progress
-) -> list[dict[str, Any]]:
-    """Writes an ONNX file per form and precision; returns rows with path, bytes and peak memory."""
+def layer_forms() -> Iterable[Form]:
+    for inputs, outputs, size in LAYERS:
+        layer = mz.LearnedGroupConv2d(inputs, outputs)
+        layer.prune_(inputs // layer.condense_factor)
+        condensed = layer.condense()
+        forms = {"plain": nn.Conv2d(inputs, outputs, 1, bias=False), "textbook": Textbook(condensed)}
+        for form, network in (forms | {"condensed": condensed}).items():
+            label = f"{inputs} to {outputs} channels at {size}x{size}"
+            yield Form(label, form, None, network.eval(), size=(inputs, size, size))
+
+
+def export(name: str, folder: Path) -> None:
+    """Writes the ONNX files of a model's forms."""
+    torch.set_num_threads(1)
+    # Random calibration images: the values of activations don't change an int8 network's speed.
     images = np.random.default_rng(0).integers(0, 256, (CALIBRATION_IMAGES, 32, 32, 3), dtype=np.uint8)
-    files: list[dict[str, Any]] = []
-    for entry in progress.track(entries, description="export"):
-        for precision in precisions:
-            network = entry["network" if precision == "fp32" else "int8_network"]
-            if network is None:
-                continue
-            path = folder / f"{len(files)}.onnx"
-            # Random calibration images: the values of activations don't change an int8 network's speed.
-            calibration = images if precision == "int8" else None
-            mz.export_onnx(network, path, input_size=(3, 32, 32), calibration_images=calibration)
-            command = [sys.executable, "-c", PEAK_MEMORY, str(path)]
-            peak = subprocess.run(command, capture_output=True, text=True, check=True)
-            row = {key: entry[key] for key in ("model", "form", "weights", "params", "macs")}
-            row |= dict(precision=precision, bytes=path.stat().st_size, peak_mib=float(peak.stdout))
-            files.append(dict(row, path=path))
-    return files
+    for form in model_forms(name):
+        calibration = images if form.precision == "int8" else None
+        mz.export_onnx(form.network, folder / form.file, input_size=form.size, calibration_images=calibration)
 
 
-def ort_session(path: Path, threads: int) -> Any:
+def export_all(names: list[str], folder: Path) -> None:
+    """Exports in two processes of their own: it is slow, and a process that has exported runs networks slower."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(export, names, [folder] * len(names))
+        list(track(done, "export", total=len(names), console=Console(stderr=True)))
+
+
+def runner(form: Form, cell: Cell) -> Callable[[], object]:
+    x = torch.randn(cell.batch, *form.size)
+    if cell.runtime == "eager":
+        layout = LAYOUTS[cell.layout]
+        return partial(form.network.to(memory_format=layout), x.to(memory_format=layout))
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = cell.threads
     options.log_severity_level = 3
     # An idle session's threads would otherwise spin on a core that the next form in turn needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def ort_runner(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
-    session = ort_session(path, threads)
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})
-
-
-def openvino_runner(path: Path, threads: int) -> Callable[[np.ndarray], Any]:
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda x: request.infer([x])
-
-
-def summary(passes: list[list[float]], batch: int) -> dict[str, Any]:
-    """Returns milliseconds per image: median of each pass and of these, 10th and 90th percentile of all times."""
-    per_image = [[1000.0 * t / batch for t in times] for times in passes]
-    medians = [round(statistics.median(times), 5) for times in per_image]
-    low, *_, high = statistics.quantiles([t for times in per_image for t in times], n=10)
-    return {"ms": statistics.median(medians), "passes": medians, "p10": round(low, 5), "p90": round(high, 5)}
-
-
-def identity(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("model", "form", "precision")}
-
-
-def time_files(files: list[dict[str, Any]], runtime: str, seconds: float, progress: Progress) -> list[dict[str, Any]]:
-    runner = ort_runner if runtime == "onnxruntime" else openvino_runner
-    cells = [(threads, batch) for threads in THREADS for batch in BATCHES[runtime]]
-    passes: dict[tuple[int, int], list[list[list[float]]]] = {cell: [[] for _ in files] for cell in cells}
-    for threads, batch in progress.track(cells * PASSES, description=runtime):
-        x = np.random.default_rng(0).standard_normal((batch, 3, 32, 32)).astype(np.float32)
-        # In random order, so that no file gains or loses each time by when its session is made.
-        order = random.sample(range(len(files)), len(files))
-        runs = [partial(runner(files[i]["path"], threads), x) for i in order]
-        timed = interleaved(runs, seconds / PASSES, min_rounds=PASS_ROUNDS)
-        for i, times in zip(order, timed, strict=True):
-            passes[threads, batch][i].append(times)
-    return [
-        identity(file) | dict(runtime=runtime, threads=threads, batch=batch) | summary(values, batch)
-        for threads, batch in cells
-        for file, values in zip(files, passes[threads, batch], strict=True)
-    ]
+    session = onnxruntime.InferenceSession(str(form.path), options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 
 @torch.inference_mode()
-def time_eager(entries: list[dict[str, Any]], seconds: float, progress: Progress) -> list[dict[str, Any]]:
-    layouts = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-    cells = [(threads, batch, layout) for threads in THREADS for batch in BATCHES["eager"] for layout in layouts]
-    rows = []
-    for threads, batch, layout in progress.track(cells, description="eager PyTorch"):
-        torch.set_num_threads(threads)
-        x = torch.randn(batch, 3, 32, 32).to(memory_format=layouts[layout])
-        networks = [entry["network"].to(memory_format=layouts[layout]) for entry in entries]
-        timed = interleaved([partial(network, x) for network in networks], seconds)
-        for entry, times in zip(entries, timed, strict=True):
-            cell = dict(precision="fp32", runtime="eager", layout=layout, threads=threads, batch=batch)
-            rows.append({"model": entry["model"], "form": entry["form"]} | cell | summary([times], batch))
-    torch.set_num_threads(THREADS[0])
-    return rows
+def time_cells(forms: list[Form], cells: Iterable[Cell], seconds: float) -> list[dict[str, Any]]:
+    """Returns a row per cell and form: milliseconds per image, median of each pass and of these."""
+    compared = {cell: [form for form in forms if form.fits(cell)] for cell in cells}
+    passes: dict[tuple[Cell, int], list[float]] = {}
+    for cell in track(list(compared) * PASSES, "timing", console=Console(stderr=True)):
+        torch.set_num_threads(cell.threads)
+        # In random order, so that no form gains or loses each time by when its session is made.
+        order = random.sample(compared[cell], len(compared[cell]))
+        timed = interleaved([runner(form, cell) for form in order], seconds / PASSES, PASS_ROUNDS)
+        for form, times in zip(order, timed, strict=True):
+            median = round(1000.0 * statistics.median(times) / cell.batch, 5)
+            passes.setdefault((cell, id(form)), []).append(median)
+    torch.set_num_threads(1)
+    return [
+        form.row() | asdict(cell) | dict(ms=statistics.median(passes[cell, id(form)]), passes=passes[cell, id(form)])
+        for cell, chosen in compared.items()
+        for form in chosen
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
+    shipped = sorted({entry.model for entry in mz.manifest().values()})
+    names = [*shipped, *PEERS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="result file; by default only a summary is printed")
-    parser.add_argument("--models", nargs="+", default=timm.list_models("*_cifar100"), help="zoo models; default all")
-    parser.add_argument("--runtimes", nargs="+", default=list(BATCHES), choices=list(BATCHES))
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"], choices=("fp32", "int8"))
+    parser.add_argument("--out", type=Path, help="result file; the times are printed in any case")
+    parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
+    parser.add_argument("--compile", nargs="+", default=[], choices=shipped, metavar="NAME", help="models to compile")
+    parser.add_argument("--layers", action="store_true", help="time single layers instead")
     parser.add_argument("--seconds", type=float, default=0.4, help="time per form and cell")
-    parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     random.seed(0)
-    torch.set_num_threads(THREADS[0])
-    versions = {"onnxruntime": onnxruntime.__version__}
-    runtimes = list(args.runtimes)
-    try:
-        import openvino
-
-        versions["openvino"] = openvino.__version__.partition("-")[0]
-    except ImportError:
-        runtimes = [runtime for runtime in runtimes if runtime != "openvino"]
-
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
-        entries = build_forms(args.models, not args.no_peers)
-        # Eager first: in a process that has exported files and run other runtimes, every network takes longer in it.
-        if "eager" in runtimes:
-            rows += time_eager(entries, args.seconds, progress)
-        files = export_all(entries, args.precisions, Path(folder), progress)
-        if "onnxruntime" in runtimes:
-            rows += time_files(files, "onnxruntime", args.seconds, progress)
-        if "openvino" in runtimes:
-            chosen = [file for file in files if file["precision"] == "fp32"]
-            rows += time_files(chosen, "openvino", args.seconds, progress)
-    for file in files:
-        del file["path"]
-    document = {
-        "unit": "milliseconds per image",
-        "environment": environment() | versions,
-        "files": files,
-        "rows": rows,
-    }
+    torch.set_num_threads(1)
+    env = environment() | {"onnxruntime": onnxruntime.__version__}
+    if args.layers:
+        rows = time_cells(list(layer_forms()), LAYER_CELLS, args.seconds)
+    else:
+        forms = [form for name in args.models for form in model_forms(name, name in args.compile)]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = time_cells(forms, EAGER_CELLS, args.seconds)
+            export_all(args.models, Path(folder))
+            for form in forms:
+                form.path = Path(folder, form.file) if form.form != "compiled" else None
+            rows += time_cells(forms, ORT_CELLS, args.seconds)
     if args.out:
+        lines = ",\n".join(map(json.dumps, rows))  # a row per line keeps differences between runs readable
+        head = f'"unit": "milliseconds per image",\n"environment": {json.dumps(env)}'
         with mz.files.atomic_write(args.out, "w") as output:
-            # One row per line keeps differences between runs readable.
-            lines = {key: json.dumps(document[key]) for key in ("unit", "environment")}
-            for key in ("files", "rows"):
-                lines[key] = "[\n" + ",\n".join(json.dumps(row) for row in document[key]) + "\n]"
-            output.write("{\n" + ",\n".join(f'"{key}": {text}' for key, text in lines.items()) + "\n}\n")
+            output.write(f'{{\n{head},\n"rows": [\n{lines}\n]\n}}\n')
     for row in rows:
-        if row["threads"] == 1 and row["batch"] == 1:
-            where = " ".join(str(row.get(key, "")) for key in ("runtime", "layout", "precision"))
-            print(f"{row['ms']:8.3f} ms  {row['model']} {row['form']}  {where}")
+        where = " ".join(str(row[key]) for key in ("runtime", "precision", "threads", "batch", "layout"))
+        print(f"{row['ms']:8.3f} ms  {row['model']} {row['form']}  {where}")
     return 0
 
 

@@ -2,86 +2,54 @@
 
     python benchmarks/tables.py [--check]
 
-Sources are the registered models, mobilenets_zoo/weights/manifest.json and benchmarks/results/; what each table and
-picture shows is in benchmarks/report/. A table in a Markdown file stands between `<!-- NAME:begin -->` and
-`<!-- NAME:end -->`.
+Sources are the registered models, mobilenets_zoo/weights/manifest.json, benchmarks/runs/, experiments.csv and timings/;
+what each table and picture shows is in benchmarks/report/. A table in a Markdown file stands between
+`<!-- NAME:begin -->` and `<!-- NAME:end -->`. --check also fails where the timings are of other weights than those that
+models load by default today.
 """
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
 
 from report.figures import all_figures
-from report.files import ROOT, load_latency
-from report.latency_tables import (
-    eager_table,
-    files_table,
-    latency_table,
-    layer_table,
-    limit_table,
-    openvino_table,
-    summary_table,
-)
-from report.model_tables import (
-    DEPLOYED,
-    family_table,
-    flagship,
-    milliseconds,
-    models_table,
-    profiles,
-    state,
-    weights_table,
-)
-from report.training_tables import finetune_table, once_more_table, teacher_table, train_speed_table, tuning_table
+from report.files import ROOT
+from report.latency_tables import int8_table, layer_table, not_shipped, summary_table, timings_table
+from report.model_tables import default_weights, family_table, models_table, profiles, state, weights_table
+from report.training_tables import experiments_table, teacher_table
 
 import mobilenets_zoo as mz
 
 
-def with_table(path: Path, name: str, table: str, texts: dict[Path, str]) -> None:
-    """Puts a table between its markers in the text of a file."""
-    text = texts.get(path) or path.read_text(encoding="utf-8")
+def with_table(text: str, name: str, table: str) -> str:
+    """Returns a Markdown text with a table between its markers."""
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"{path}: needs exactly one pair of {name} markers")
-    texts[path] = pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+    text, count = pattern.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+    if count != 1:
+        raise ValueError(f"a page needs exactly one pair of {name} markers, not {count}")
+    return text
 
 
 def generated() -> dict[Path, str]:
     """Returns the content that each generated file should have."""
     costs = profiles()
-    latency = load_latency()
-    rows = {
-        name: {**dataclasses.asdict(cost), "ms": milliseconds(latency, model=name, **DEPLOYED)}
-        for name, cost in costs.items()
+    docs = ROOT / "docs"
+    tables = {
+        ROOT / "README.md": {"models": models_table(costs), "state": state()},
+        docs / "models.md": {"weights": weights_table()},
+        docs / "lgc.md": {"family": family_table(costs)},
+        docs / "training.md": {"teacher": teacher_table(), "experiments": experiments_table()},
+        docs / "design.md": {"layer-latency": layer_table()},
+        docs / "condensing.md": {"latency-summary": summary_table()},
+        docs / "timings.md": {"timings": timings_table(), "latency-int8": int8_table()},
     }
-    texts = {ROOT / "mobilenets_zoo" / "profiles.json": json.dumps(rows, indent=2) + "\n"}
-    readme, docs = ROOT / "README.md", ROOT / "docs"
-    tables = [
-        (readme, "models", models_table(costs)),
-        (readme, "flagship", flagship()),
-        (readme, "state", state()),
-        (docs / "models.md", "models", models_table(costs)),
-        (docs / "models.md", "weights", weights_table()),
-        (docs / "lgc.md", "family", family_table(costs)),
-        (docs / "training.md", "teacher", teacher_table()),
-        (docs / "training.md", "tuning", tuning_table()),
-        (docs / "training.md", "once-more", once_more_table()),
-        (docs / "training.md", "train-speed", train_speed_table()),
-        (docs / "design.md", "layer-latency", layer_table()),
-        (docs / "condensing.md", "latency-summary", summary_table()),
-        (docs / "condensing.md", "latency-fp32", latency_table("fp32")),
-        (docs / "condensing.md", "latency-int8", latency_table("int8")),
-        (docs / "condensing.md", "latency-limit", limit_table()),
-        (docs / "condensing.md", "latency-eager", eager_table()),
-        (docs / "condensing.md", "latency-openvino", openvino_table()),
-        (docs / "condensing.md", "files", files_table()),
-        (docs / "finetuning.md", "finetune", finetune_table()),
-    ]
-    for path, name, table in tables:
-        with_table(path, name, table, texts)
+    texts = {ROOT / "mobilenets_zoo" / "profiles.json": json.dumps(costs, indent=2) + "\n"}
+    for path, named in tables.items():
+        texts[path] = path.read_text(encoding="utf-8")
+        for name, table in named.items():
+            texts[path] = with_table(texts[path], name, table)
     return texts
 
 
@@ -89,24 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail where a table is stale, write nothing")
     args = parser.parse_args(argv)
-    stale = []
-    for path, text in generated().items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(str(path.relative_to(ROOT)))
-            if not args.check:
-                with mz.files.atomic_write(path, "w", encoding="utf-8") as file:
-                    file.write(text)
-    for figure in all_figures():
-        if not figure.is_current():
-            stale.append(str(figure.path.relative_to(ROOT)))
-            if not args.check:
-                figure.path.parent.mkdir(exist_ok=True)
-                with mz.files.atomic_write(figure.path, "w", encoding="utf-8") as file:
-                    file.write(figure.svg())
-    if args.check and stale:
-        print(f"stale: {', '.join(stale)}; run python benchmarks/tables.py", file=sys.stderr)
+    fault = not_shipped({entry.name for entry in default_weights().values()})
+    if args.check and fault:
+        print(fault, file=sys.stderr)
         return 1
-    print("up to date" if not stale else f"wrote {', '.join(stale)}")
+    texts = {path: text for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text}
+    figures = [figure for figure in all_figures() if not figure.is_current()]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in [*texts, *(figure.path for figure in figures)])
+    if args.check and names:
+        print(f"stale: {names}; run python benchmarks/tables.py", file=sys.stderr)
+        return 1
+    for path, text in (texts | {figure.path: figure.svg() for figure in figures}).items():
+        path.parent.mkdir(exist_ok=True)
+        with mz.files.atomic_write(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    print(f"wrote {names}" if names else "up to date")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The generated tables, for a model that has just been added."""
+"""The generated tables: what they count, what they refuse, and a model that has just been added."""
 
 import json
 import os
@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 
+import tables
 from conftest import ROOT
+from report import latency_tables, model_tables, training_tables
 
 TOY = '''
 
@@ -44,10 +46,37 @@ from report.figures import all_figures
 print(len(all_figures()))
 """
     assert int(run("-c", program)) > 3
-    assert "| `toy_cifar100` |" in (tmp_path / "docs" / "models.md").read_text()
+    assert "| `toy_cifar100` |" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "mobilenets_zoo" / "profiles.json").read_text())["toy_cifar100"]["ms"] is None
     command = "from mobilenets_zoo.cli import main; main()"
     rows = {row["name"]: row for row in json.loads(run("-c", command, "list", "--json"))}
     assert rows["toy_cifar100"]["weights"] is None
     assert rows["toy_cifar100"]["params"] < rows["mobilenetv1_w025_cifar100"]["params"]
     assert json.loads(run("-c", command, "info", "toy_cifar100", "--json"))["description"] == "A toy."
+
+
+def test_timings_of_other_weights_fail_the_check(monkeypatch, capsys):
+    weights = [entry.name for entry in model_tables.default_weights().values()]
+    rows = [dict(weight=weight) for weight in [None, "mobilenetv2_cifar100.old", *weights[1:]]]
+    monkeypatch.setattr(latency_tables, "latency", lambda: {"rows": rows})
+    assert tables.main(["--check"]) == 1
+    error = capsys.readouterr().err
+    assert "mobilenetv2_cifar100.old isn't what" in error
+    assert f"{weights[0]} wasn't timed" in error
+    assert latency_tables.not_shipped({*weights[1:], "mobilenetv2_cifar100.old"}) == ""
+
+
+def test_runs_are_those_measured_on_test_images(monkeypatch):
+    """Not those on held-out images, nor those of the model at another width."""
+    row = dict(model="m", images="test", params="10")
+    rows = [row, row | dict(images="held-out", params=""), row | dict(params="5"), row | dict(model="n")]
+    monkeypatch.setattr(model_tables, "experiments", lambda: rows)
+    monkeypatch.setattr(model_tables, "results", lambda: [dict(model="m", params=10)])
+    assert model_tables.measured_runs("m", 10) == 2
+
+
+def test_experiments_fit_one_short_table():
+    table = training_tables.experiments_table().splitlines()[2:]
+    assert 0 < len(table) <= 15
+    shown = sum(row.rpartition(" | ")[2].count(";") + 1 for row in table)
+    assert shown == sum(row["comparison"] != training_tables.FIVE_EPOCHS for row in training_tables.experiments())

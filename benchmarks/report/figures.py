@@ -6,6 +6,7 @@ matplotlib and doesn't depend on its version.
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-import mobilenets_zoo as mz
-from report.files import ROOT, load_latency, load_result, read_log
-from report.model_tables import DEPLOYED, ORIGINAL_TOP1, default_weights, milliseconds
+from report.files import ROOT, load_json, read_csv
+from report.latency_tables import DEPLOYED, timed
+from report.model_tables import ORIGINAL_TOP1, default_weights
 
 __all__ = ["Figure", "all_figures"]
 
-LOGS = ROOT / "benchmarks" / "logs"
-
 LEARNED = "mobilenetv2_lgc_cifar100"  # whose masks are shown
-OURS, ORIGINAL, PEERS = "#1f6fb4", "#7f7f7f", "#d9742b"
+ORIGINAL = "#7f7f7f"
+MARKS = ((ORIGINAL, "o"), ("#1f6fb4", "D"), ("#d9742b", "s"))  # the original's networks, ours, those of others
+
+# Where a name may stand: to the right of its mark (1, 0), above it (0, 1) and so on.
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 
 # Published CIFAR-100 top-1 without extra data: name, millions of MACs, top-1. A dagger marks a checkpoint that was
 # chosen on the test set.
@@ -70,10 +73,10 @@ class Figure:
         matplotlib.use("svg")
         from matplotlib import pyplot
 
-        settings = {"svg.hashsalt": self.name, "svg.fonttype": "path", "font.size": 10, "axes.grid": True}
-        settings |= {"grid.color": "#e5e5e5", "axes.axisbelow": True, "axes.spines.top": False}
-        with matplotlib.rc_context({**settings, "axes.spines.right": False}):
-            figure = pyplot.figure(figsize=(7.0, 4.4), layout="constrained", facecolor="white")
+        style = {"axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True}
+        style |= {"axes.spines.top": False, "axes.spines.right": False}
+        with matplotlib.rc_context({"svg.hashsalt": self.name, "svg.fonttype": "path", **style}):
+            figure = pyplot.figure(layout="constrained", facecolor="white")
             self.draw(figure, self.data)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -83,64 +86,44 @@ class Figure:
         return f"{head}\n<!-- digest {self.digest()} -->\n{body}"
 
 
-def draw_accuracy_against_macs(figure: Any, data: Any) -> None:
+def draw_accuracy(figure: Any, data: Any) -> None:
+    """Draws top-1 over cost; `data` has the axis' label and, per kind of points, [name, cost, top-1]."""
     figure.set_size_inches(7.0, 5.4)
     axes = figure.add_subplot()
-    for _, macs, top1 in data["published"]:
-        axes.plot(macs, top1, "s", color=PEERS, markersize=5)
-    for what, color, marker, points in (
-        ("original, same parameters and MACs", ORIGINAL, "o", data["original"]),
-        ("this zoo", OURS, "D", data["zoo"]),
-    ):
+    for (what, points), (color, marker) in zip(data["points"].items(), MARKS, strict=True):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=what, markersize=6)
-    axes.plot([], [], "s", color=PEERS, label="published by others († best epoch on the test set)")
-    axes.set(xscale="log", xlabel="MACs (millions, log scale)", ylabel="CIFAR-100 top-1 (%)")
+    axes.set(xlabel=data["xlabel"], ylabel="CIFAR-100 top-1 (%)")
     axes.margins(x=0.08, y=0.08)
-    axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
-    label(axes, [*((point, OURS, 8) for point in data["zoo"]), *((point, PEERS, 7) for point in data["published"])])
-    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
+    if data["log"]:
+        axes.set_xscale("log")
+        axes.set_xticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
+    else:
+        axes.set_xlim(0, None)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=2)
+    figure.draw_without_rendering()  # from here on the axes stay where they are
+    named = zip(data["points"].values(), MARKS, strict=True)
+    label(axes, [(point, color) for points, (color, _) in named if color != ORIGINAL for point in points])
 
 
-def label(axes: Any, points: list[tuple[list[Any], str, int]]) -> None:
-    """Names points (name, x, y) in a colour and a font size, moved apart so that no name covers another."""
-    from adjustText import adjust_text
+def label(axes: Any, points: list[tuple[list[Any], str]]) -> None:
+    """Names points (name, x, y) in a colour, each as near as it finds room between marks and other names."""
+    from matplotlib.transforms import Bbox
 
-    centred = dict(ha="center", va="center")  # on its point, from where it may move to any side
-    texts = [axes.text(x, y, name, color=color, fontsize=size, **centred) for (name, x, y), color, size in points]
-    marks = axes.get_lines()
-    xs, ys = (np.concatenate([line.get_data()[axis] for line in marks]) for axis in (0, 1))
-    arrows = dict(arrowstyle="-", color="#aaaaaa", linewidth=0.6)
-    force = (0.3, 0.5)
-    adjust_text(
-        texts,
-        xs,
-        ys,
-        ax=axes,
-        expand=(1.2, 1.5),
-        iter_lim=1000,
-        force_static=force,
-        force_text=force,
-        arrowprops=arrows,
-    )
-
-
-def draw_accuracy_against_latency(figure: Any, data: Any) -> None:
-    axes = figure.add_subplot()
-    for what, color, marker, points in (
-        ("original's top-1, its layers as they are", ORIGINAL, "o", data["original"]),
-        ("this zoo, optimized", OURS, "D", data["zoo"]),
-        ("MobileNetV2 as usual for CIFAR, published top-1", PEERS, "s", data["peers"]),
-    ):
-        axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=what)
-    frontier: list[tuple[float, float]] = []
-    for _, time, top1 in sorted((p for points in data.values() for p in points), key=lambda point: point[1]):
-        if not frontier or top1 > frontier[-1][1]:
-            frontier.append((time, top1))
-    axes.step(*zip(*frontier, strict=True), where="post", color="#444444", linewidth=1, label="frontier")
-    axes.set(xlabel="milliseconds per image, batch 1, 1 thread", ylabel="CIFAR-100 top-1 (%)", xlim=(0, None))
-    axes.margins(x=0.08, y=0.08)
-    label(axes, [*((point, OURS, 8) for point in data["zoo"]), *((point, PEERS, 8) for point in data["peers"])])
-    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
+    marks = (axes.transData.transform(point) for line in axes.get_lines() for point in line.get_xydata())
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
+    for (name, x, y), color in points:
+        for distance, (right, up) in itertools.product((7, 12, 18, 26, 36, 50, 70), SIDES):
+            place = dict(xytext=(distance * right, distance * up), textcoords="offset points", color=color)
+            align = dict(ha=("right", "center", "left")[right + 1], va=("top", "center", "bottom")[up + 1])
+            text = axes.annotate(name, (x, y), fontsize=7.5, **place, **align)
+            box = text.get_window_extent()
+            if all(axes.bbox.contains(*corner) for corner in box.corners()) and not box.count_overlaps(taken):
+                break
+            text.remove()
+        taken.append(box)
+        if distance > 7:
+            line = dict(arrowstyle="-", color="#aaaaaa", shrinkA=0, linewidth=0.6)
+            axes.annotate("", (x, y), arrowprops=line, **place)
 
 
 def draw_training_curves(figure: Any, data: Any) -> None:
@@ -158,14 +141,13 @@ def draw_training_curves(figure: Any, data: Any) -> None:
 
 def draw_hoyer(figure: Any, data: Any) -> None:
     figure.set_size_inches(7.0, 6.4)
-    panels = figure.subplots(1, len(data["stages"]), sharey=True)
-    panels = list(panels) if len(data["stages"]) > 1 else [panels]
-    for axes, stage in zip(panels, data["stages"], strict=True):
-        image = axes.imshow(stage["hoyer"], aspect="auto", vmin=0, vmax=data["max"], cmap="viridis")
+    panels = figure.subplots(1, len(data["stages"]), sharey=True, squeeze=False)[0]
+    highest = max(value for table in data["stages"].values() for row in table for value in row)
+    for axes, (title, table) in zip(panels, data["stages"].items(), strict=True):
+        image = axes.imshow(table, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
         axes.grid(False)
-        axes.set_title(f"before stage {stage['number']}\n{100 * stage['progress']:.0f} % of training", fontsize=9)
-        axes.set_xticks(range(len(stage["hoyer"][0])))
-        axes.set_xlabel("group")
+        axes.set_title(title, fontsize=9)
+        axes.set(xticks=range(len(table[0])), xlabel="group")
     panels[0].set_yticks(range(len(data["layers"])), data["layers"], fontsize=6)
     figure.colorbar(image, ax=panels, label="Hoyer index of the inputs' importance", shrink=0.6)
 
@@ -187,55 +169,69 @@ def short(name: str) -> str:
 
 def all_figures() -> list[Figure]:
     """Returns every picture that the files in the repository allow."""
-    weights, latency, costs = default_weights(), load_latency(), mz.profiling.deployed_profiles()
-    macs = {
-        "published": PUBLISHED,
-        "original": [[name, costs[name].macs / 1e6, top1] for name, top1 in ORIGINAL_TOP1.items()],
-        "zoo": [[short(name), costs[name].macs / 1e6, entry.top1] for name, entry in weights.items()],
-    }
-
-    def time_of(model: str, form: str) -> float | None:
-        return milliseconds(latency, model=model, **{**DEPLOYED, "form": form})
-
-    peer_top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
-    against = {
-        "original": [[n, time_of(n, "textbook") or time_of(n, "plain"), top1] for n, top1 in ORIGINAL_TOP1.items()],
-        "zoo": [[short(n), time_of(n, "optimized"), entry.top1] for n, entry in weights.items()],
-        "peers": [["MobileNetV2", time_of("CIFAR MobileNetV2, stem stride 1", "plain"), peer_top1]],
-    }
-    against = {what: [point for point in points if point[1] is not None] for what, points in against.items()}
-
-    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for name, entry in weights.items():
-        parent = load_result(entry.result)["recipe"].get("init_from", "").partition(".")[0]
-        start = f"from {short(parent)}" if parent else "from random weights"
-        if parent == name:
-            start = "from an earlier weight"
-        columns = ("epoch", "train_loss", "train_top1")
-        log = read_log(LOGS / f"{Path(entry.result).stem}.csv")
-        curves.setdefault(start, {})[short(name)] = [{key: float(row[key]) for key in columns} for row in log]
-
-    stages = json.loads((LOGS / f"{LEARNED}.masks.json").read_text())
+    stages = json.loads((ROOT / default_weights()[LEARNED].result).with_name("masks.json").read_text())
     return [
-        Figure("accuracy_macs", macs, draw_accuracy_against_macs),
-        Figure("accuracy_latency", against, draw_accuracy_against_latency),
-        Figure("training_curves", curves, draw_training_curves),
+        Figure("accuracy_macs", accuracy_over_macs(), draw_accuracy),
+        Figure("accuracy_latency", accuracy_over_latency(), draw_accuracy),
+        Figure("training_curves", training_curves(), draw_training_curves),
         Figure("hoyer_mobilenetv2_lgc", hoyer(stages), draw_hoyer),
         Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask),
     ]
 
 
+def accuracy_over_macs() -> dict[str, Any]:
+    zoo = default_weights().values()
+    known = [(entry.model, entry.macs / 1e6, ORIGINAL_TOP1.get(entry.model)) for entry in zoo]
+    points = {
+        "original, same parameters and MACs": [point for point in known if point[2]],
+        "this zoo": [(short(entry.model), entry.macs / 1e6, entry.top1) for entry in zoo],
+        "published by others († best epoch on the test set)": PUBLISHED,
+    }
+    return {"points": points, "xlabel": "MACs (millions, log scale)", "log": True}
+
+
+def accuracy_over_latency() -> dict[str, Any]:
+    """Returns our optimized networks, the original's as it deploys them, and a peer, where they were timed."""
+    original, zoo = [], []
+    for name, entry in default_weights().items():
+        rows = {form: timed(**DEPLOYED | dict(model=name, form=form)) for form in ("textbook", "plain", "optimized")}
+        if rows["optimized"]:
+            zoo.append((short(name), rows["optimized"]["ms"], entry.top1))
+        row = rows["textbook"] or rows["plain"]
+        if row and name in ORIGINAL_TOP1:
+            original.append((name, row["ms"], ORIGINAL_TOP1[name]))
+    peer = timed(**DEPLOYED | dict(model="CIFAR MobileNetV2, stem stride 1", form="plain"))
+    top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
+    points = {
+        "original's top-1, its layers as they are": original,
+        "this zoo, optimized": zoo,
+        "MobileNetV2 as usual for CIFAR, published top-1": [("MobileNetV2", peer["ms"], top1)] if peer else [],
+    }
+    return {"points": points, "xlabel": "milliseconds per image, batch 1, 1 thread", "log": False}
+
+
+def training_curves() -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Returns the epochs of the default weights' runs by where they started from and by model."""
+    columns = ("epoch", "train_loss", "train_top1")
+    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for name, entry in default_weights().items():
+        result = ROOT / entry.result
+        parent = load_json(result)["recipe"]["init_from"].partition(".")[0]
+        start = {"": "from random weights", name: "from an earlier weight"}.get(parent, f"from {short(parent)}")
+        log = read_csv(result.with_name("log.csv"))
+        curves.setdefault(start, {})[short(name)] = [{key: float(row[key]) for key in columns} for row in log]
+    return curves
+
+
 def hoyer(stages: list[dict[str, Any]]) -> dict[str, Any]:
     layers = list(stages[0]["hoyer_before"])
-    tables = [[[round(value, 4) for value in stage["hoyer_before"][layer]] for layer in layers] for stage in stages]
-    return {
-        "layers": [layer.removeprefix("blocks.").removesuffix(".conv") for layer in layers],
-        "max": max(value for table in tables for row in table for value in row),
-        "stages": [
-            {"number": number, "progress": round(stage["progress"], 3), "hoyer": table}
-            for number, (stage, table) in enumerate(zip(stages, tables, strict=True), 1)
-        ],
+    tables = {
+        f"before stage {number}\n{100 * stage['progress']:.0f} % of training": [
+            [round(value, 4) for value in stage["hoyer_before"][layer]] for layer in layers
+        ]
+        for number, stage in enumerate(stages, 1)
     }
+    return {"layers": [layer.removeprefix("blocks.").removesuffix(".conv") for layer in layers], "stages": tables}
 
 
 def mask_stages(stages: list[dict[str, Any]], layer: str = "blocks.3.1.projection.conv") -> dict[str, Any]:

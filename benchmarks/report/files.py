@@ -1,32 +1,26 @@
-"""What the tables are made of: logs, results and how a Markdown table is written."""
+"""What the tables are made of, and how a Markdown table is written."""
 
 import csv
 import json
 from pathlib import Path
 from typing import Any
 
-from training.initial_weights import EARLIER
-
-__all__ = ["EARLIER", "RESULTS", "ROOT", "load_latency", "load_result", "markdown", "read_log"]
+__all__ = ["ROOT", "RUNS", "TIMINGS", "load_json", "markdown", "read_csv"]
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+RUNS, TIMINGS = ROOT / "benchmarks" / "runs", ROOT / "benchmarks" / "timings"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    align = ["---", *("---:" for _ in header[1:])]
+def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Returns a table whose first `left` columns are aligned to the left."""
+    align = ["---" if i < left else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
 
 
-def load_result(path: str | Path) -> dict[str, Any]:
-    """Returns a JSON file; the path is relative to the project's root."""
-    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+def load_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_latency() -> dict[str, Any]:
-    return load_result(RESULTS / "latency.json")
-
-
-def read_log(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -1,5 +1,6 @@
 """Tables and sentences on the models and their weights."""
 
+import functools
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,11 @@ from typing import Any
 import timm
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.cli import FAST_MS
-from report.files import EARLIER, RESULTS, load_latency, load_result, markdown
+from report.files import ROOT, RUNS, load_json, markdown
+from report.latency_tables import DEPLOYED, NARROW, timed
+from report.training_tables import FIVE_EPOCHS, experiments
 
-__all__ = [
-    "DEPLOYED",
-    "ORIGINAL_TOP1",
-    "default_weights",
-    "family_table",
-    "flagship",
-    "milliseconds",
-    "models_table",
-    "profiles",
-    "state",
-    "weights_table",
-]
+__all__ = ["ORIGINAL_TOP1", "default_weights", "family_table", "models_table", "profiles", "state", "weights_table"]
 
 # CIFAR-100 top-1 that the original reports for the same parameters and MACs (docs/design.md names the source).
 ORIGINAL_TOP1 = {
@@ -42,170 +33,124 @@ ORIGINAL_TOP1 = {
 }
 
 
-# How the tables time a model.
-DEPLOYED: dict[str, Any] = dict(form="optimized", runtime="onnxruntime", precision="fp32", threads=1, batch=1)
+def profiles() -> dict[str, dict[str, Any]]:
+    """Returns what profiles.json says of every model: its deployed cost, and what was timed.
 
-
-def profiles() -> dict[str, mz.Profile]:
-    """Returns the deployed cost of every model, measured on the models themselves."""
+    `params` and `macs` are of the condensed network, measured on the model itself; `optimized_macs` and `ms` (one image
+    on one thread in ONNX Runtime) of the network that `optimize_for_inference` makes of the weights named `weight`;
+    these three are None where the model wasn't timed.
+    """
     result = {}
     for name in sorted(timm.list_models("*_cifar100")):
         model = timm.create_model(name)
-        if mz.learned_layers(model):
-            model = timm.create_model(name, condensed=True)
-        result[name] = mz.profile(model)
+        cost = mz.profile(timm.create_model(name, condensed=True) if mz.learned_layers(model) else model)
+        row = timed(model=name, **DEPLOYED) or {}
+        times = {"optimized_macs": row.get("macs"), "ms": row.get("ms"), "weight": row.get("weight")}
+        result[name] = {"params": cost.params, "macs": cost.macs, **times}
     return result
 
 
-def milliseconds(document: dict[str, Any], **wanted: Any) -> float | None:
-    rows = [row for row in document["rows"] if all(row.get(key) == value for key, value in wanted.items())]
-    return rows[0]["ms"] if rows else None
-
-
 def default_weights() -> dict[str, mz.pretrained.WeightEntry]:
-    """Returns the weight that each model loads by default."""
-    defaults = {name: timm.get_pretrained_cfg(name).tag for name in timm.list_models("*_cifar100")}
-    return {entry.model: entry for entry in mz.manifest().values() if defaults[entry.model] == entry.tag}
+    """Returns the weight that each model loads by default, where it has one."""
+    entries = {
+        name: mz.manifest().get(f"{name}.{timm.get_pretrained_cfg(name).tag}")
+        for name in timm.list_models("*_cifar100")
+    }
+    return {name: entry for name, entry in entries.items() if entry}
 
 
-def models_table(costs: dict[str, mz.Profile]) -> str:
+# Columns of the weights' table: key in the evaluation, digits.
+SCORES = {"top-1 (%)": ("top1", 2), "top-5 (%)": ("top5", 2), "loss": ("loss", 3), "ECE (%)": ("ece", 1)}
+COSTS = ["params (M)", "MACs (M)", "optimized (M)", "ms"]
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    texts = [f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}"]
+    return [*texts, *([f"{row['optimized_macs'] / 1e6:.1f}", f"{row['ms']:.2f}"] if row["ms"] else ["-", "-"])]
+
+
+def models_table(rows: dict[str, dict[str, Any]]) -> str:
     weights = default_weights()
-    latency = load_latency()
-    rows = []
-    for name, cost in sorted(costs.items(), key=lambda item: (item[0].split("_")[0], -item[1].macs, item[0])):
-        entry = weights.get(name)
-        top1, tag = (f"{entry.top1:.2f}", f"`{entry.tag}`") if entry else ("-", "not trained yet")
-        time = milliseconds(latency, model=name, **DEPLOYED)
-        row = [f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", f"{time:.2f}" if time else "-"]
+    table = []
+    for name, row in sorted(rows.items(), key=lambda item: (item[0].split("_")[0], -item[1]["macs"], item[0])):
+        top1 = f"{weights[name].top1:.2f}" if name in weights else "-"
         original = f"{ORIGINAL_TOP1[name]:.2f}" if name in ORIGINAL_TOP1 else "-"
-        rows.append([*row, top1, original, tag])
-    return markdown(["model", "params (M)", "MACs (M)", "ms", "top-1 (%)", "original (%)", "weights"], rows)
+        table.append([f"`{name}`", *_costs(row), top1, original, str(measured_runs(name, row["params"]))])
+    return markdown(["model", *COSTS, "top-1 (%)", "original (%)", "runs"], table)
 
 
-def flagship() -> str:
-    """Returns the README's sentence on the best network that answers in under 10 ms."""
-    latency = load_latency()
-    times = {name: milliseconds(latency, model=name, **DEPLOYED) or 0.0 for name in ORIGINAL_TOP1}
-    best = max((e for e in default_weights().values() if times[e.model] < FAST_MS), key=lambda entry: entry.top1)
-    others = sum(entry.taught_by is not None for entry in mz.manifest().values()) - 1
-    alone = [f"`{entry.name}`" for entry in mz.manifest().values() if not entry.taught_by]
-    result = load_result(best.result)
-    return wrapped(
-        f"`{best.model}` has **{best.top1:.2f} % top-1** with {best.params / 1e6:.2f} M parameters in "
-        f"{times[best.model]:.1f} ms an image (the architecture's source reports {ORIGINAL_TOP1[best.model]:.2f} %), "
-        f"after {' + '.join(map(str, chain_epochs(result)))} epochs on one {result['training']['device']}. It and "
-        f"{others} other weights were taught by an EfficientNet-Lite2 that was pretrained on ImageNet-1k and "
-        f"fine-tuned here ([how](docs/training.md)); {' and '.join(alone)} learned from CIFAR-100's labels alone."
-    )
+@functools.cache
+def results() -> list[dict[str, Any]]:
+    """Returns the results of the runs that have a folder and were measured on the test images."""
+    found = [load_json(path) for path in sorted(RUNS.glob("*/result.json"))]
+    return [result for result in found if "evaluation" in result]
+
+
+def measured_runs(model: str, params: int) -> int:
+    """Returns how many finished runs of a model, at its own width, were measured on the test images."""
+    others = [row for row in experiments() if row["images"] == "test"]
+    return sum(row["model"] == model and int(row["params"]) == params for row in [*results(), *others])
 
 
 def state() -> str:
-    """Returns the README's paragraph on how the weights compare with the original's."""
-    weights = {name: entry for name, entry in default_weights().items() if name in ORIGINAL_TOP1}
-    gaps = {name: entry.top1 - ORIGINAL_TOP1[name] for name, entry in weights.items()}
-    above = [f"`{name}` ({gap:+.2f})" for name, gap in sorted(gaps.items(), key=lambda item: -item[1]) if gap >= 0]
-    count = f"All {len(gaps)}" if len(above) == len(gaps) else f"{len(above)} of {len(gaps)}"
-    text = f"**The state of the weights.** {count} reach the original's accuracy; points above it: "
-    text += f"{', '.join(above) or 'none'}."
-    below = [-gap for gap in gaps.values() if gap < 0]
-    if below:
-        text += f" The others are {min(below):.1f} to {max(below):.1f} points below it."
-    epochs = [sum(chain_epochs(load_result(entry.result))) for entry in weights.values()]
-    text += f" The weights took {min(epochs)} to {max(epochs)} epochs, those of the networks they started from "
-    return wrapped(text + "included, where the original took 400.")
-
-
-def wrapped(text: str) -> str:
+    """Returns the README's sentences on the most accurate network and on the original's accuracy."""
+    weights = default_weights()
+    best = max(weights.values(), key=lambda entry: entry.top1)
+    row = timed(model=best.model, **DEPLOYED)
+    time = f" in {row['ms']:.1f} ms an image and {row['macs'] / 1e6:.0f} M multiply-adds" if row else ""
+    gaps = [weights[name].top1 - top1 for name, top1 in ORIGINAL_TOP1.items() if name in weights]
+    epochs = [sum(chain_epochs(load_json(ROOT / weights[name].result))) for name in ORIGINAL_TOP1 if name in weights]
+    text = (
+        f"The most accurate, `{best.model}`, has **{best.top1:.2f} % top-1**{time}. "
+        f"{sum(gap >= 0 for gap in gaps)} of {len(gaps)} models reach what the architectures' source reports "
+        f"({min(gaps):+.2f} to {max(gaps):+.2f} points), after {min(epochs)} to {max(epochs)} epochs instead of its "
+        "400, those of the networks they started from included."
+    )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def chain_epochs(result: dict[str, Any]) -> list[int]:
     """Returns the epochs of each training behind a weight: those it started from, one after the other, and its own."""
     own, start = result["recipe"]["epochs"], result["recipe"]["init_from"]
-    if not start:
-        return [own]
-    entry = mz.manifest().get(start)
-    return [*chain_epochs(load_result(entry.result if entry else EARLIER / start / "result.json")), own]
+    return [*chain_epochs(load_json(RUNS / start / "result.json")), own] if start else [own]
 
 
 def weights_table() -> str:
     rows = []
     for entry in mz.manifest().values():
-        result = load_result(entry.result)
-        scores, training = result["evaluation"], result["training"]
-        log = f"benchmarks/logs/{Path(entry.result).stem}.csv"
-        files = {"recipe": entry.recipe, "log": log, "result": entry.result}
-        together = training.get("together", 1)
-        shared = f" for {together} together" if together > 1 else ""
-        rows.append(
-            [
-                f"`{entry.name}`",
-                f"{scores['top1']:.2f}",
-                f"{scores['top5']:.2f}",
-                f"{scores['loss']:.3f}",
-                f"{scores['ece']:.1f}",
-                ", ".join(f"[{label}](../{path})" for label, path in files.items()),
-                " + ".join(map(str, chain_epochs(result))),
-                f"{result['training_seconds'] / 60:.1f}{shared}",
-                training["device"],
-                entry.taught_by.partition(".")[0] if entry.taught_by else "the labels alone",
-            ]
-        )
-    header = [
-        "weight",
-        "top-1 (%)",
-        "top-5 (%)",
-        "loss",
-        "ECE (%)",
-        "files",
-        "epochs",
-        "minutes",
-        "trained on",
-        "taught by",
-    ]
-    return markdown(header, rows)
+        result = load_json(ROOT / entry.result)
+        scores = (f"{result['evaluation'][key]:.{digits}f}" for key, digits in SCORES.values())
+        epochs = " + ".join(map(str, chain_epochs(result)))
+        device = result["training"]["device"].replace("(R)", "").replace(" Processor", "")
+        teacher = entry.taught_by.partition(".")[0] if entry.taught_by else "labels alone"
+        folder = Path(entry.result).parent.as_posix()
+        rows.append([f"`{entry.name}`", *scores, epochs, device, teacher, f"[run](../{folder}/)"])
+    return markdown(["weight", *SCORES, "epochs", "trained on", "taught by", "files"], rows)
 
 
-# What a group is worth: the dense parent, and the networks that started from it.
-PARENT = "mobilenetv2_cifar100"
-FAMILY = (
-    *(PARENT, "mobilenetv2_gc_cifar100", "mobilenetv2_gc_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"),
-    *("mobilenetv2_lgc_cifar100", "mobilenetv2_gc_proj_cifar100", "mobilenetv2_lgc_proj_cifar100"),
-    *("mobilenetv2_gc_exp_cifar100", "mobilenetv2_lgc_exp_cifar100", "mobilenetv2_t4_cifar100"),
-)
-# What ends the tags of recipes that differ in nothing but model, width and seed.
-ALIKE = {"after 5 epochs (%)": "kd_e5_r32", "after 30 (%)": "kd_cutmix_e30_r32"}
+PARENT = "mobilenetv2_cifar100"  # whose weights the family of docs/lgc.md started from
 
 
-def family_table(costs: dict[str, mz.Profile]) -> str:
-    weights, latency = default_weights(), load_result(RESULTS / "family_latency.json")
-    alike: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}  # by model and width, by heading
-    for file in (*sorted(RESULTS.glob("mobilenet*.json")), *sorted(EARLIER.glob("*/result.json"))):
-        result = load_result(file)
-        for heading, suffix in ALIKE.items():
-            if result["tag"].endswith(suffix) and result["recipe"]["init_from"].startswith(f"{PARENT}."):
-                key = (result["model"], result["recipe"]["model_args"].get("width_mult", 1.0))
-                alike.setdefault(key, {}).setdefault(heading, []).append(result)
+def family_table(costs: dict[str, dict[str, Any]]) -> str:
+    """Returns what groups cost and leave of the dense parent: the networks that started from its weights."""
+    alike = [row for row in results() if row["tag"] == "kd_e5_r32"]
+    alike = [row | row["evaluation"] for row in alike if row["recipe"]["init_from"].startswith(f"{PARENT}.")]
+    after_five: dict[tuple[str, int, int], list[str]] = {}
+    for row in [*(row for row in experiments() if row["comparison"] == FIVE_EPOCHS), *alike]:
+        size = row["model"], int(row["params"]), int(row["macs"])
+        after_five.setdefault(size, []).append(f"{float(row['top1']):.2f}")
     rows = []
-    for name in FAMILY:
-        entry, cost = weights[name], costs[name]
-        epochs = " + ".join(map(str, chain_epochs(load_result(entry.result))))
-        time = f"{milliseconds(latency, model=name, **DEPLOYED):.2f}"
-        cells = [time, *_top1s(alike.pop((name, 1.0), {})), epochs, f"{entry.top1:.2f}"]
-        rows.append([f"`{name}`", f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e6:.1f}", *cells])
-    for (name, width), results in alike.items():
-        any_result = next(iter(results.values()))[0]
-        time = f"{milliseconds(latency, model=f'{name}, width_mult={width:g}', **DEPLOYED):.2f}"
-        size = [f"{any_result['params'] / 1e6:.3f}", f"{any_result['macs'] / 1e6:.1f}", time]
-        rows.insert(1, [f"`{name}`, `width_mult={width:g}`", *size, *_top1s(results), "-", "-"])
-    header = ["model", "params (M)", "MACs (M)", "ms", *ALIKE, "weight: epochs", "top-1 (%)"]
-    env = latency["environment"]
-    source = f"Times on one core of an {env['device']} with ONNX Runtime {env['onnxruntime']}, all in one run; "
-    source += "where two figures stand, of two seeds."
-    return f"{markdown(header, rows)}\n\n{source}"
-
-
-def _top1s(results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Returns, for each heading of ALIKE, the top-1 of each seed."""
-    by_seed = [sorted(results.get(heading, []), key=lambda result: result["seed"]) for heading in ALIKE]
-    return [" and ".join(f"{r['evaluation']['top1']:.2f}" for r in seeds) or "-" for seeds in by_seed]
+    for name, entry in default_weights().items():
+        result = load_json(ROOT / entry.result)
+        if name == PARENT or result["recipe"]["init_from"].startswith(f"{PARENT}."):
+            five = " and ".join(after_five.pop((name, entry.params, entry.macs), ["-"]))
+            epochs = " + ".join(map(str, chain_epochs(result)))
+            rows.append((entry.macs, [f"`{name}`", *_costs(costs[name]), five, epochs, f"{entry.top1:.2f}"]))
+    for (_, params, macs), tops in after_five.items():  # what remains is the narrowed network
+        row = timed(model=NARROW, **DEPLOYED) or {}
+        cost = {"params": params, "macs": macs, "optimized_macs": row.get("macs"), "ms": row.get("ms")}
+        label = " ".join(f"`{part}`" for part in NARROW.split(", "))
+        rows.append((macs, [label, *_costs(cost), " and ".join(tops), "-", "-"]))
+    rows.sort(key=lambda row: (row[1][0] != f"`{PARENT}`", row[0]))
+    header = ["model", *COSTS, "after 5 epochs (%)", "weight: epochs", "top-1 (%)"]
+    return markdown(header, [row for _, row in rows])
