@@ -104,7 +104,7 @@ def as_convolution(conv: nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) -> Co
 
 def fold_batchnorm(layer: ConvBn) -> Convolution:
     """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias."""
-    assert isinstance(layer.conv, nn.Conv2d | CondensedConv2d)
+    assert isinstance(layer.conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d)
     convolution, bn = as_convolution(layer.conv), layer.bn
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
