@@ -23,6 +23,14 @@ __all__ = ["main"]
 
 MAX_IMAGE_BYTES = 64 * 2**20
 
+# What `info` says where a value is None.
+MISSING = {
+    "ms": "not measured",
+    "optimized_macs": "not measured",
+    "taught_by": "the labels alone",
+    "revision": "not published yet",
+}
+
 # What timm.create_model reads from a folder or the Hub, beside the names of models.
 SOURCES = ("local-dir:", "hf-hub:")
 
@@ -92,7 +100,7 @@ def info(name: str, as_json: bool) -> None:
         model = _pretrained(name)
         cfg = model.pretrained_cfg
         cost = mz.profile(_condensed(model) if mz.learned_layers(model) else model, cfg["input_size"])
-        document = {"name": name, "params": cost.params, "macs": cost.macs, "ms": None, "weights": None}
+        document = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
     else:
         cfg = timm.get_pretrained_cfg(name).to_dict()  # type: ignore[union-attr]
         document = summary(name)
@@ -102,28 +110,15 @@ def info(name: str, as_json: bool) -> None:
     if as_json:
         _print_json(document)
         return
-    lines = {
-        "model": _printable(name),
-        "description": document["description"],
-        "parameters": f"{document['params']:,}",
-        "MACs": f"{document['macs']:,}",
-        "input": " x ".join(map(str, cfg["input_size"])),
-        "mean, std": f"{tuple(cfg['mean'])}, {tuple(cfg['std'])}",
-    }
-    if document["ms"]:
-        macs = f" for {document['optimized_macs']:,} MACs" if document["optimized_macs"] else ""
-        lines["optimized"] = f"{document['ms']:.2f} ms an image{macs}"
-    weights = document["weights"]
-    if weights:
-        lines["weights"] = f"{weights['tag']}: top-1 {weights['top1']:.2f} %, top-5 {weights['top5']:.2f} %"
-        lines["taught by"] = weights["taught_by"] or "the labels alone"
-        lines["recipe"] = weights["recipe"]
-        lines["file"] = f"{weights['file']}, {weights['bytes']:,} bytes, sha256 {weights['sha256']}"
-        lines["Hub"] = f"{weights['hub_id']} at {weights['revision']}" if weights["revision"] else "not published yet"
     table = Table("", "", show_header=False)
     table.columns[1].overflow = "fold"
-    for line in lines.items():
-        table.add_row(*line)
+    weights = document.pop("weights") or {}
+    for key, value in {**document, **weights}.items():
+        if value is None:
+            value = MISSING[key]
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else _printable(str(value)))
     _console().print(table)
 
 

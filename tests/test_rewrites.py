@@ -257,8 +257,6 @@ def test_a_rewritten_network_has_a_profile():
 
 @pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
 @torch.no_grad()
-def test_a_rewritten_network_compiles(name):
+def test_a_rewritten_network_can_be_traced(name):
     network, x = mz.optimize_for_inference(lively(name)), torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.jit.trace(network, x)(x), network(x))
