@@ -4,7 +4,7 @@ import timm, mobilenets_zoo
 model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
-from mobilenets_zoo import data, evaluation, files, models, pretrained, profiling
+from mobilenets_zoo import catalogue, data, evaluation, files, models, pretrained, profiling
 from mobilenets_zoo.classes import CIFAR100_CLASSES
 from mobilenets_zoo.inference import onnx
 from mobilenets_zoo.inference.onnx import OnnxClassifier, export_onnx
@@ -30,6 +30,7 @@ __all__ = [
     "OnnxClassifier",
     "Profile",
     "WeightsError",
+    "catalogue",
     "check_equivalent",
     "condense",
     "data",

@@ -1,9 +1,10 @@
 """The command line: `mobilenets-zoo list | info | predict | evaluate | export`."""
 
+import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,14 +12,27 @@ import click
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.catalogue import FAST_MS, best_model, model_names, summary
+from mobilenets_zoo.progress import progress_bar
 
 __all__ = ["main"]
 
-MODEL_PATTERN = "*_cifar100"
+MAX_IMAGE_BYTES = 64 * 2**20
+
+# What `info` says where a value is None.
+MISSING = {
+    "ms": "not measured",
+    "optimized_macs": "not measured",
+    "taught_by": "the labels alone",
+    "revision": "not published yet",
+}
+
+# What timm.create_model reads from a folder or the Hub, beside the names of models.
+SOURCES = ("local-dir:", "hf-hub:")
 
 
 class InputError(Exception):
@@ -42,34 +56,37 @@ def main() -> None:
 @click.group(no_args_is_help=False, context_settings=dict(help_option_names=["-h", "--help"]))
 @click.version_option(mz.__version__, package_name="mobilenets-zoo", prog_name="mobilenets-zoo")
 def cli() -> None:
-    """Small, fast CIFAR-100 networks: list them, classify images, measure them."""
+    """Small, fast CIFAR-100 networks: list them, classify images, measure them.
 
+    NAME is a model, MODEL.TAG for certain weights, local-dir:DIR or hf-hub:ID.
+    """
 
-# The slowest network that `predict` takes by itself, milliseconds an image.
-FAST_MS = 10
-MAX_IMAGE_BYTES = 64 * 2**20
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+data_option = dict(help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
 
 
 @cli.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """List the models with their size, cost and accuracy."""
-    rows = [_summary(name) for name in timm.list_models(MODEL_PATTERN)]
+    """List the models with their size, cost and accuracy.
+
+    ms is the time of one image, and timed MACs are those of the network that took it.
+    """
+    rows = [summary(name) for name in model_names()]
     rows.sort(key=lambda row: (row["name"].split("_")[0], -row["macs"]))
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "params (M)", "MACs (M)", "ms", "top-1 (%)", "weights")
-    for column in table.columns[1:4]:
+    table = Table("model", "params\n(M)", "MACs\n(M)", "timed\n(M)", "ms", "top-1\n(%)")
+    for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        weights = row["weights"]
-        top1 = f"{weights['top1']:.2f}" if weights else "-"
-        tag = weights["tag"] if weights else "not trained yet"
+        timed = f"{row['optimized_macs'] / 1e6:.1f}" if row["optimized_macs"] else "-"
         milliseconds = f"{row['ms']:.2f}" if row["ms"] else "-"
-        table.add_row(row["name"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}", milliseconds, top1, tag)
+        top1 = f"{row['weights']['top1']:.2f}" if row["weights"] else "-"
+        cost = (f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}")
+        table.add_row(row["name"], *cost, timed, milliseconds, top1)
     _console().print(table)
 
 
@@ -79,71 +96,77 @@ def list_models(as_json: bool) -> None:
 def info(name: str, as_json: bool) -> None:
     """Show what a model is, what it costs and which weights it has."""
     _check_name(name)
-    summary = _summary(name)
-    cfg = timm.get_pretrained_cfg(name)
-    assert cfg is not None  # every registered model has one
-    summary["input_size"] = list(cfg.input_size)
-    summary["mean"], summary["std"] = list(cfg.mean), list(cfg.std)
-    summary["description"] = (timm.model_entrypoint(name).__doc__ or "").strip()
-    if as_json:
-        _print_json(summary)
-        return
-    table = Table(show_header=False)
-    table.add_row("model", name)
-    table.add_row("description", summary["description"])
-    table.add_row("parameters", f"{summary['params']:,}")
-    table.add_row("MACs", f"{summary['macs']:,}")
-    table.add_row("input", " x ".join(map(str, cfg.input_size)))
-    table.add_row("mean, std", f"{cfg.mean}, {cfg.std}")
-    weights = summary["weights"]
-    if weights:
-        table.add_row("weights", f"{weights['tag']}: top-1 {weights['top1']:.2f} %, top-5 {weights['top5']:.2f} %")
-        table.add_row("taught by", weights["taught_by"] or "the labels alone")
-        table.add_row("recipe", weights["recipe"])
-        table.add_row("file", f"{weights['file']}, {weights['bytes']:,} bytes, sha256 {weights['sha256']}")
-        hub = f"{weights['hub_id']} at {weights['revision']}" if weights["revision"] else "not published yet"
-        table.add_row("Hub", hub)
+    if name.startswith(SOURCES):
+        model = _pretrained(name)
+        cfg = model.pretrained_cfg
+        cost = mz.profile(_condensed(model) if mz.learned_layers(model) else model, cfg["input_size"])
+        document = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
     else:
-        table.add_row("weights", "not trained yet")
+        cfg = timm.get_pretrained_cfg(name).to_dict()  # type: ignore[union-attr]
+        document = summary(name)
+    document["input_size"] = list(cfg["input_size"])
+    document["mean"], document["std"] = list(cfg["mean"]), list(cfg["std"])
+    document["description"] = (timm.model_entrypoint(cfg["architecture"]).__doc__ or "").strip()
+    if as_json:
+        _print_json(document)
+        return
+    table = Table("", "", show_header=False)
+    table.columns[1].overflow = "fold"
+    weights = document.pop("weights") or {}
+    for key, value in {**document, **weights}.items():
+        if value is None:
+            value = MISSING[key]
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else _printable(str(value)))
     _console().print(table)
 
 
 @cli.command()
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option(
-    "--model", "name", help=f"Model to use; by default the most accurate one that takes less than {FAST_MS} ms."
+    "--model", "name", help=f"NAME to use; by default the most accurate one that takes less than {FAST_MS} ms."
 )
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 100), help="Classes to show.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show.")
+@click.option("--demo", is_flag=True, help="Classify a sample photo of scikit-image.")
 @json_option
-def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: bool) -> None:
+def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, as_json: bool) -> None:
     """Classify image files (PNG, JPEG, WebP, ...); "-" reads one from standard input."""
-    model = _pretrained(name or _best_model())
-    transform = _transform(model)
+    if demo:
+        images = (*images, _sample_photo())
+    if not images:
+        raise InputError("Missing argument IMAGE...; give an image file, or --demo for a sample photo")
+    name = name or best_model()
+    model = _pretrained(name)
+    transform, classes = _transform(model), _class_names(model)
     results: list[dict[str, Any]] = []
     for image in images:
         try:
-            pixels = transform(_read_image(image))
+            pixels = transform(_read_image(image)).unsqueeze(0)
         except InputError as error:
             results.append({"image": image, "error": str(error)})
             continue
+        start = time.perf_counter()
         with torch.inference_mode():
-            probabilities = model(pixels.unsqueeze(0)).softmax(1)[0]
-        best = probabilities.topk(top)
+            probabilities = model(pixels).softmax(1)[0]
+        milliseconds = round(1000.0 * (time.perf_counter() - start), 2)
+        best = probabilities.topk(min(top, len(classes)))
         predictions = [
-            {"class": mz.CIFAR100_CLASSES[label], "label": label, "probability": probability}
+            {"class": classes[label], "label": label, "probability": probability}
             for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        results.append({"image": image, "predictions": predictions})
+        results.append({"image": image, "ms": milliseconds, "predictions": predictions})
 
     if as_json:
-        _print_json({"model": _full_name(model), "images": results})
+        _print_json({"model": _full_name(name, model), "images": results})
     console = _console()
     for result in results:
         if "error" in result:
             console.file.flush()
             print("error: " + " ".join(result["error"].split()), file=sys.stderr, flush=True)
         elif not as_json:
-            console.print(_printable(result["image"]), highlight=False, markup=False, soft_wrap=True)
+            for line in (result["image"], f"{_full_name(name, model)} in {result['ms']:.1f} ms"):
+                console.print(_printable(line), highlight=False, markup=False, soft_wrap=True)
             table = Table("class", "probability")
             table.columns[1].justify = "right"
             for row in result["predictions"]:
@@ -155,16 +178,16 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, as_json: boo
 
 @cli.command()
 @click.argument("name")
-@click.option("--data", required=True, help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
+@click.option("--data", required=True, **data_option)
 @click.option("--condensed", is_flag=True, help="Measure the deployed form of the learned group convolutions.")
 @click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="cpu", show_default=True)
 @json_option
 def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str, as_json: bool) -> None:
     """Measure a model's pretrained weights on the test images."""
-    from mobilenets_zoo.evaluation import evaluate as measure
-
-    model = _pretrained(name, **({"condensed": True} if condensed else {}))
+    model = _pretrained(name)
+    if condensed:
+        model = _condensed(model)
     try:
         if torch.device(device).type == "meta":
             raise ValueError("the device meta holds no values; choose cpu or cuda")
@@ -173,15 +196,15 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
     except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(str(error)) from error
     with progress_bar() as progress:
-        task = progress.add_task(name, total=len(images))
         try:
-            result = measure(model, images, batch_size, partial(_advance, progress, task))
+            result = mz.evaluation.evaluate(model, images, batch_size, _counter(progress, name, len(images)))
         except ValueError as error:
             raise InputError(str(error)) from error
+    full_name = _full_name(name, model)
     if as_json:
-        _print_json({"model": _full_name(model), "condensed": condensed, **result.to_dict()})
+        _print_json({"model": full_name, "condensed": condensed, **result.to_dict()})
         return
-    table = Table("images", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", title=_full_name(model))
+    table = Table("images", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", title=full_name)
     table.add_row(
         f"{result.images:,}", f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", f"{result.ece:.2f}"
     )
@@ -191,45 +214,49 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
 @cli.command()
 @click.argument("name")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.onnx")
-@click.option("--condensed", is_flag=True, help="Export the fastest form: condensed and rewritten for inference.")
+@click.option("--condensed", is_flag=True, help="Learned group convolutions as a gather and a grouped convolution.")
+@click.option("--optimized", is_flag=True, help="The fastest form: condensed and rewritten for inference.")
 @click.option("--with-preprocessing", is_flag=True, help="uint8 images (N, H, W, C) in, probabilities out.")
 @click.option("--int8", is_flag=True, help="Quantise statically; needs --data, shows the accuracy beside fp32.")
-@click.option("--data", help="For --int8: Parquet folder, torchvision root, or uoft-cs/cifar100.")
-def export(name: str, file: Path, condensed: bool, with_preprocessing: bool, int8: bool, data: Optional[str]) -> None:
+@click.option("--data", **data_option)
+def export(
+    name: str, file: Path, condensed: bool, optimized: bool, with_preprocessing: bool, int8: bool, data: Optional[str]
+) -> None:
     """Write a model with its pretrained weights as one ONNX file, checked against PyTorch."""
-    from mobilenets_zoo.evaluation import evaluate as measure
-
+    if condensed and optimized:
+        raise InputError("--condensed and --optimized are two forms; choose one of them")
     if int8 != (data is not None):
         raise InputError("--int8 and --data go together: calibration needs training images")
     if file.suffix != ".onnx":
         raise InputError(f"{file}: the name must end in .onnx")
     if not file.parent.is_dir():
         raise InputError(f"{file.parent}: no such folder; create it or choose another file")
-    model = _pretrained(name)
-    network = mz.optimize_for_inference(model, dense=int8) if condensed else model
-    calibration = test = None
+    model = network = _pretrained(name)
+    if condensed:
+        network = _condensed(model)
+    elif optimized:
+        if not isinstance(model, mz.MobileNetV1 | mz.MobileNetV2):
+            raise InputError(f"{type(model).__name__} is not a network of the zoo; leave --optimized out")
+        network = mz.optimize_for_inference(model, dense=int8)
+    full_name, calibration, test = _full_name(name, model), None, None
     try:
         if data is not None:
             train, test = (mz.data.load_images(data, split) for split in ("train", "test"))
-            _check_classes(model, test)
+            if len(test.classes) != model.num_classes:
+                raise ValueError(f"the data has {len(test.classes)} classes and the model {model.num_classes}")
             calibration = mz.onnx.calibration_images(train)
         with progress_bar() as progress:
-            task = progress.add_task(f"export {_full_name(model)}", total=None)
+            exported = _counter(progress, f"export {full_name}", 1)
             mz.export_onnx(network, file, preprocessing=with_preprocessing, calibration_images=calibration)
-            progress.update(task, total=1, completed=1)
-            lines = [f"{file}: {_full_name(model)}, {file.stat().st_size:,} bytes"]
+            exported(1)
+            lines = [f"{file}: {full_name}, {file.stat().st_size:,} bytes"]
             if test is not None:
-                task = progress.add_task("accuracy", total=2 * len(test))
-                fp32 = measure(model, test, on_progress=partial(_advance, progress, task))
-                top1 = mz.onnx.onnx_top1(
-                    mz.OnnxClassifier(file), test, partial(_advance, progress, task, offset=len(test))
-                )
+                fp32 = mz.evaluation.evaluate(model, test, on_progress=_counter(progress, "fp32", len(test)))
+                top1 = mz.onnx.onnx_top1(mz.OnnxClassifier(file), test, _counter(progress, "int8", len(test)))
                 lines.append(f"top-1 on the {len(test):,} test images: int8 {top1:.2f} %, fp32 {fp32.top1:.2f} %")
-    except ImportError as error:
-        raise InputError(str(error)) from error
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}; choose another file") from error
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise InputError(str(error)) from error
     click.echo("\n".join(lines))
 
@@ -260,24 +287,24 @@ def _read_image(source: str) -> Any:
         raise InputError(str(error)) from None
 
 
+def _sample_photo() -> str:
+    """Returns the path of a photo that scikit-image brings along."""
+    spec = importlib.util.find_spec("skimage")
+    photo = Path(spec.origin).parent / "data" / "rocket.jpg" if spec and spec.origin else None
+    if photo is None or not photo.is_file():
+        raise InputError("the sample photo is one of scikit-image; run pip install scikit-image")
+    return str(photo)
+
+
 def _printable(name: str) -> str:
     """Returns a file name with control and undecodable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def progress_bar() -> Progress:
-    """Returns a progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def _advance(progress: Progress, task: TaskID, completed: int, offset: int = 0) -> None:
-    progress.update(task, completed=offset + completed)
-
-
-def _check_classes(model: Any, images: mz.data.ImageSet) -> None:
-    if len(images.classes) != model.num_classes:
-        raise InputError(f"the data has {len(images.classes)} classes and the model {model.num_classes}")
+def _counter(progress: Progress, description: str, total: int) -> Callable[[int], None]:
+    """Adds a bar and returns what sets how much of it is done."""
+    task = progress.add_task(description, total=total)
+    return lambda completed: progress.update(task, completed=completed)
 
 
 def _console() -> Console:
@@ -287,46 +314,35 @@ def _console() -> Console:
 
 
 def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
 def _check_name(name: str) -> None:
-    if name not in timm.list_models(MODEL_PATTERN):
-        names = ", ".join(timm.list_models(MODEL_PATTERN))
-        raise InputError(f"there is no model {name!r}; choose one of {names}")
+    model, weights = name.partition(".")[0], mz.pretrained.manifest()
+    if name.startswith(SOURCES) or name in weights or name in model_names():
+        return
+    choices = [entry for entry in weights if entry.partition(".")[0] == model] or model_names()
+    raise InputError(f"there is no model {name!r}; choose one of {', '.join(choices)}")
 
 
-def _summary(name: str) -> dict[str, Any]:
-    """Returns size, cost and weights of a model, deployed, without building it."""
+def _pretrained(name: str) -> Any:
+    _check_name(name)
     try:
-        weights: Optional[mz.pretrained.WeightEntry] = mz.pretrained.default_entry(name)
-    except mz.WeightsError:
-        weights = None
-    cost = mz.profiling.deployed_profiles()[name]
-    milliseconds = mz.profiling.deployed_milliseconds()[name]
-    row = {"name": name, "params": cost.params, "macs": cost.macs, "ms": milliseconds, "weights": None}
-    if weights:
-        fields = ("tag", "top1", "top5", "taught_by", "file", "bytes", "sha256", "recipe", "hub_id", "revision")
-        row["weights"] = {field: getattr(weights, field) for field in fields}
-    return row
-
-
-def _best_model() -> str:
-    rows = [row for row in map(_summary, timm.list_models(MODEL_PATTERN)) if row["weights"]]
-    fast = [row for row in rows if row["ms"] is None or row["ms"] < FAST_MS]
-    return max(fast or rows, key=lambda row: row["weights"]["top1"])["name"]
-
-
-def _pretrained(name: str, **kwargs: Any) -> Any:
-    _check_name(name.partition(".")[0])
-    try:
-        return timm.create_model(name, pretrained=True, **kwargs).eval()
-    except TypeError as error:
-        if "condensed" in kwargs:
-            raise InputError(f"{name} has no learned group convolution; leave --condensed out") from error
-        raise
+        return timm.create_model(name, pretrained=True).eval()
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from error
+    except Exception as error:
+        if not name.startswith(SOURCES):
+            raise
+        # What somebody else's folder holds can fail anywhere in timm.
+        raise InputError(f"{name} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+def _condensed(model: Any) -> Any:
+    try:
+        return mz.condense(model)
+    except ValueError as error:
+        raise InputError(f"{error}; leave --condensed out") from error
 
 
 def _transform(model: Any) -> Callable[[Any], torch.Tensor]:
@@ -335,6 +351,12 @@ def _transform(model: Any) -> Callable[[Any], torch.Tensor]:
     return create_transform(**resolve_model_data_config(model))
 
 
-def _full_name(model: Any) -> str:
+def _class_names(model: Any) -> list[str]:
+    """Returns the names that the model's configuration gives its classes, numbers where it gives none."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return list(map(str, names if len(names) == model.num_classes else range(model.num_classes)))
+
+
+def _full_name(name: str, model: Any) -> str:
     cfg = model.pretrained_cfg
-    return f"{cfg['architecture']}.{cfg['tag']}"
+    return name if name.startswith(SOURCES) else f"{cfg['architecture']}.{cfg['tag']}"

@@ -55,12 +55,13 @@ def load_images(source: str | Path, split: str) -> ImageSet:
 
     Args:
         source: a folder of Parquet files named `train-*.parquet` and `test-*.parquet` (at any depth) in the
-            layout of the Hub's uoft-cs/cifar100 or uoft-cs/cifar10, one of these two ids, or a torchvision
-            root (the folder that holds `cifar-100-python` or `cifar-10-batches-py`).
+            layout of the Hub's uoft-cs/cifar100 or uoft-cs/cifar10, one of these two ids, a torchvision root (the
+            folder that holds `cifar-100-python` or `cifar-10-batches-py`), or one of its two folders.
         split: "train" or "test".
 
     Raises:
-        ValueError: the source is none of these, or its files can't be read; the message says what to do.
+        ValueError: the source is none of these, holds several data sets, or its files can't be read; the message says
+            what to do.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
@@ -73,11 +74,14 @@ def load_images(source: str | Path, split: str) -> ImageSet:
             f"one of {', '.join(HUB_DATASETS)}"
         )
     files = sorted(folder.rglob(f"{split}-*.parquet"))
+    roots = [folder] if folder.name in TORCHVISION_DATASETS else [folder / name for name in TORCHVISION_DATASETS]
+    found = sorted({file.parent for file in files}) + [root for root in roots if root.is_dir()]
+    if len(found) > 1:
+        raise ValueError(f"{source}: holds several data sets; give one of {', '.join(map(str, found))}")
     if files:
         return _read_parquet(files, source)
-    for name, dataset in TORCHVISION_DATASETS.items():
-        if (folder / name).is_dir():
-            return _read_torchvision(folder, dataset, split)
+    if found:
+        return _read_torchvision(found[0].parent, TORCHVISION_DATASETS[found[0].name], split)
     raise ValueError(
         f"{source}: holds neither {split}-*.parquet nor {' nor '.join(TORCHVISION_DATASETS)}; give the folder "
         f"that contains one of them, or one of {', '.join(HUB_DATASETS)}"
@@ -113,7 +117,10 @@ def _read_parquet(files: list[Path], source: str | Path) -> ImageSet:
                 raise ValueError(f"{label} must hold whole numbers and no nulls, it holds {column.type}")
             if not pa.types.is_struct(kind) or not any(kind[i].name == "bytes" for i in range(kind.num_fields)):
                 raise ValueError(f"img must hold structs with a field bytes, it holds {kind}")
-            classes = _class_names(table.schema.metadata, label) or classes
+            names = _class_names(table.schema.metadata, label)
+            if labels and names != classes:
+                raise ValueError(f"names other classes than {files[0].name}, it belongs to another data set")
+            classes = names
             labels.append(column.to_numpy().astype(np.int64))
             for row in table["img"].combine_chunks().field("bytes").to_pylist():
                 image = _decode(row, "an image")

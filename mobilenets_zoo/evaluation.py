@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from mobilenets_zoo.data import ImageSet
+from mobilenets_zoo.profiling import eval_mode
 
-__all__ = ["Evaluation", "evaluate", "preprocess"]
+__all__ = ["Evaluation", "evaluate", "per_channel", "preprocess"]
 
 ECE_BINS = 15
 
@@ -25,7 +26,7 @@ class Evaluation:
         top5: percentage whose class is among the five most likely.
         loss: mean cross-entropy, in nats.
         ece: expected calibration error in percent, 15 equal bins of confidence (arXiv 1706.04599, equation 3).
-        per_class: top-1 percentage of each class.
+        per_class: top-1 percentage of each class, None where it has no images.
     """
 
     images: int
@@ -33,10 +34,16 @@ class Evaluation:
     top5: float
     loss: float
     ece: float
-    per_class: tuple[float, ...]
+    per_class: tuple[Optional[float], ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def per_channel(values: Any, channels: int) -> tuple[float, ...]:
+    """Returns one value per channel; a grey model's is the mean over the colours."""
+    values = (values,) if isinstance(values, float) else tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def preprocess(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
@@ -53,7 +60,7 @@ def evaluate(
     batch_size: int = 50,
     on_progress: Optional[Callable[[int], None]] = None,
 ) -> Evaluation:
-    """Measures a model, in eval mode and where its parameters are.
+    """Measures a model in eval mode, where its parameters are and in their precision.
 
     Args:
         model: a zoo or timm model; its `pretrained_cfg` gives mean and standard deviation.
@@ -62,34 +69,40 @@ def evaluate(
         on_progress: called with the number of images done so far.
 
     Raises:
-        ValueError: the model's classes or input size don't fit the data.
+        ValueError: the model's classes or input size don't fit the data, or there are no images.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    if tuple(cfg["input_size"][1:]) != data.images.shape[1:3]:
-        raise ValueError(f"the model takes {cfg['input_size'][1:]} pixels, the images have {data.images.shape[1:3]}")
-    model.eval()
-    device = next(model.parameters()).device
+    if not len(data):
+        raise ValueError("there are no images to measure the model on")
+    _, height, width, channels = data.images.shape
+    size = (getattr(model, "in_chans", cfg["input_size"][0]), *cfg["input_size"][1:])
+    if size != (channels, height, width):
+        raise ValueError(f"the model takes images of {size}, the data has {(channels, height, width)}")
+    mean, std = (per_channel(cfg[key], channels) for key in ("mean", "std"))
+    weight = next(model.parameters())
     all_logits = []
-    for start in range(0, len(data), batch_size):
-        images = torch.from_numpy(data.images[start : start + batch_size]).to(device)
-        all_logits.append(model(preprocess(images, cfg["mean"], cfg["std"])).float().cpu())
-        if on_progress:
-            on_progress(min(start + batch_size, len(data)))
+    with eval_mode(model):
+        for start in range(0, len(data), batch_size):
+            images = torch.from_numpy(data.images[start : start + batch_size]).to(weight.device)
+            logits = model(preprocess(images, mean, std).to(weight.dtype))
+            if logits.shape[1] != len(data.classes):
+                raise ValueError(f"the model has {logits.shape[1]} classes, the data has {len(data.classes)}")
+            all_logits.append(logits.float().cpu())
+            if on_progress:
+                on_progress(min(start + batch_size, len(data)))
     logits, labels = torch.cat(all_logits), torch.from_numpy(data.labels)
-    if logits.shape[1] != len(data.classes):
-        raise ValueError(f"the model has {logits.shape[1]} classes, the data has {len(data.classes)}")
 
     correct = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
     confidence = logits.softmax(1).max(1).values
     bins = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
     gaps = torch.zeros(ECE_BINS).index_add_(0, bins, confidence - correct.float())
-    per_class = [100.0 * correct[labels == c].float().mean().item() for c in range(len(data.classes))]
+    hits = [correct[labels == c].float() for c in range(len(data.classes))]
     return Evaluation(
         images=len(data),
         top1=100.0 * correct.double().mean().item(),
         top5=100.0 * top5.double().mean().item(),
         loss=F.cross_entropy(logits, labels).item(),
         ece=100.0 * gaps.abs().sum().item() / len(data),
-        per_class=tuple(round(value, 4) for value in per_class),
+        per_class=tuple(round(100.0 * hit.mean().item(), 4) if len(hit) else None for hit in hits),
     )

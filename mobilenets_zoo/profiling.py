@@ -1,19 +1,16 @@
 """Parameters and multiply-adds of a model, counted as in the papers."""
 
-import json
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from mobilenets_zoo.inference.folded_conv import FoldedConv2d
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 
-__all__ = ["Profile", "deployed_milliseconds", "deployed_profiles", "profile"]
+__all__ = ["Profile", "eval_mode", "profile"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,18 @@ class Profile:
 
     params: int
     macs: int
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode and gives each of its modules its training flag back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 @torch.no_grad()
@@ -50,40 +59,13 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
         values = inputs[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
         macs += values.numel() * math.prod(module.get_parameter("weight").shape[1:])
 
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, LearnedGroupConv2d, CondensedConv2d, FoldedConv2d)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
-    training = {module: module.training for module in model.modules()}
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, LearnedGroupConv2d, CondensedConv2d)
     parameter = next(model.parameters())
-    try:
-        model.eval()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        for module in model.modules():
+            if isinstance(module, kinds):
+                stack.enter_context(module.register_forward_hook(count))
         model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, flag in training.items():
-            module.training = flag
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     return Profile(sum(trainable or [p.numel() for p in model.parameters()]), macs)
-
-
-def deployed_profiles() -> dict[str, Profile]:
-    """Returns the cost of every registered model in its deployed form, from the package's profiles.json.
-
-    The file is written by benchmarks/tables.py and recomputed by the tests; reading it is faster than building all
-    models.
-    """
-    return {name: Profile(row["params"], row["macs"]) for name, row in _rows().items()}
-
-
-def deployed_milliseconds() -> dict[str, Optional[float]]:
-    """Returns the measured time of one image by model, from the package's profiles.json.
-
-    ONNX Runtime, fp32, one thread, as `optimize_for_inference` leaves the network, on the machine that
-    docs/condensing.md names; None where it wasn't measured.
-    """
-    return {name: row["ms"] for name, row in _rows().items()}
-
-
-@lru_cache(maxsize=1)
-def _rows() -> dict[str, dict[str, Any]]:
-    return json.loads((Path(__file__).parent / "profiles.json").read_text(encoding="utf-8"))

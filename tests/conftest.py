@@ -72,9 +72,8 @@ def with_lively_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # the running statistics become those of the batches below
-        for _ in range(2):
-            model(torch.randn(16, 3, 32, 32, generator=generator))
+                module.momentum = 1.0  # the running statistics become those of the batch below
+        model(torch.randn(4, 3, 32, 32, generator=generator))
     return model.eval()
 
 

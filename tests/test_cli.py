@@ -2,17 +2,19 @@
 
 import importlib.util
 import json
+import re
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import timm
-from conftest import ALL_MODELS, LGC_MODELS
+from conftest import ALL_MODELS, with_random_masks
 from PIL import Image
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import cli, pretrained
+from mobilenets_zoo import catalogue, cli, pretrained
 
 ENTRY = pretrained.default_entry("mobilenetv2_lgc_cifar100")
 
@@ -46,7 +48,7 @@ def test_list_shows_all_models(run):
     assert rows[ENTRY.model]["weights"]["sha256"] == ENTRY.sha256
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize("name", [*ALL_MODELS, "mobilenetv2_t1_cifar100.sgd_e24_r32"])
 def test_info(run, name):
     code, out, err = run("info", name)
     assert (code, err) == (0, "")
@@ -54,8 +56,60 @@ def test_info(run, name):
     document = json.loads(run("info", name, "--json")[1])
     assert document["name"] == name
     assert document["input_size"] == [3, 32, 32]
-    assert document["weights"]["sha256"] == pretrained.default_entry(name).sha256
-    assert document["weights"]["taught_by"] == pretrained.default_entry(name).taught_by
+    entry = pretrained.default_entry(name)
+    assert name in (entry.name, entry.model)
+    assert {key: getattr(entry, key) for key in document["weights"]} == document["weights"]
+
+
+def test_times_belong_to_the_weights_that_were_timed(run, monkeypatch):
+    name = "mobilenetv2_t1_cifar100"
+    row = dict(params=855_108, macs=77_128_704, optimized_macs=70_000_000, ms=2.5, weight=f"{name}.kd_cutmix_e90_r32")
+    monkeypatch.setattr(catalogue, "_rows", lambda: dict.fromkeys(ALL_MODELS, row))
+    assert "70,000,000" in run("info", name)[1]
+    line = next(line for line in run("list")[1].splitlines() if name in line)
+    assert [cell.strip() for cell in line.split("│")[2:6]] == ["0.855", "77.1", "70.0", "2.50"]
+    assert run("info", f"{name}.sgd_e24_r32")[1].count("not measured") == 2
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """A folder as fine-tuning leaves it: two classes, condensed weights."""
+    folder = tmp_path_factory.mktemp("fine_tuned")
+    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", num_classes=2))
+    cfg = {"label_names": ["cat", "dog"], "model_args": {"condensed": True}}
+    timm.models.save_for_hf(mz.condense(model), folder, model_config=cfg, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+def test_a_folder_is_a_name(run, photo, fine_tuned, tmp_path):
+    document = json.loads(run("predict", photo, "--model", fine_tuned, "--json")[1])
+    assert document["model"] == fine_tuned
+    assert {row["class"] for row in document["images"][0]["predictions"]} == {"cat", "dog"}
+    document = json.loads(run("info", fine_tuned, "--json")[1])
+    assert (document["params"], document["weights"]) == (1_073_796 - 98 * 1281, None)
+    assert fine_tuned in run("info", fine_tuned)[1]
+    code, _, err = run("export", fine_tuned, tmp_path / "model.onnx", "--optimized")
+    assert code == 0, err
+    assert mz.OnnxClassifier(tmp_path / "model.onnx").metadata["class_names"] == ["cat", "dog"]
+
+
+def test_demo_classifies_a_photo_of_scikit_image(run, monkeypatch):
+    code, out, err = run("predict", "--demo")
+    assert (code, err) == (0, "")
+    assert "rocket.jpg" in out
+    assert re.search(rf"{catalogue.best_model()}\.\w+ in [\d.]+ ms", out)
+    assert re.search(r"│ rocket +│", out)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = run("predict", "--demo")
+    assert (code, out) == (2, "")
+    assert "run pip install scikit-image" in one_line_error(err)
+
+
+def test_python_m_runs_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mobilenets_zoo", "info", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("mobilenets_zoo", run_name="__main__")
+    assert "there is no model 'x'" in one_line_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +118,7 @@ def test_info(run, name):
         (["info", "resnet18"], "no model 'resnet18'; choose one of mobilenetv1"),
         (["info"], "Missing argument"),
         (["nonsense"], "No such command"),
-        (["predict"], "Missing argument"),
+        (["predict"], "give an image file, or --demo"),
         (["predict", "x.png", "--top", "0"], "--top"),
         (["predict", "x.png", "--model", "nonsense"], "no model 'nonsense'"),
         (["evaluate", ENTRY.model], "--data"),
@@ -72,7 +126,9 @@ def test_info(run, name):
         (["evaluate", ENTRY.model, "--data", ".", "--device", "nonsense"], "nonsense"),
         (["evaluate", ENTRY.model, "--data", ".", "--device", "meta"], "holds no values"),
         (["evaluate", "mobilenetv1_w025_cifar100", "--data", ".", "--condensed"], "leave --condensed out"),
-        (["evaluate", "mobilenetv2_cifar100.nope", "--data", "."], "nope"),
+        (["evaluate", "mobilenetv2_t1_cifar100.nope", "--data", "."], "choose one of mobilenetv2_t1_cifar100.kd"),
+        (["info", "local-dir:/no/such/folder"], "Config file not found"),
+        (["predict", "x.png", "--model", "local-dir:."], "local-dir:. can't be loaded"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, arguments, message):
@@ -131,12 +187,15 @@ def test_predict_reads_standard_input(run, photo):
     assert top(run, "-", stdin=photo.read_bytes()) == top(run, photo)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 300), (32, 32), (2000, 1500)])
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
-def test_predict_takes_any_size(run, tmp_path, size, format_):
-    path = tmp_path / f"image.{format_}"
-    Image.new("RGB", size, (200, 30, 30)).save(path, format_)
-    assert len(top(run, path)) == 5
+def test_predict_takes_any_size(run, tmp_path, format_):
+    sizes = [(1, 1), (7, 300), (32, 32), (2000, 1500)]
+    paths = [tmp_path / f"{width}.{format_}" for width, _ in sizes]
+    for path, size in zip(paths, sizes, strict=True):
+        Image.new("RGB", size, (200, 30, 30)).save(path, format_)
+    code, out, _ = run("predict", *paths, "--json")
+    assert code == 0
+    assert [len(result["predictions"]) for result in json.loads(out)["images"]] == [5] * 4
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16", "I", "YCbCr"])
@@ -209,31 +268,32 @@ def test_strange_file_names_are_escaped(run, tmp_path, photo, name):
     assert ascii(name)[1:-1].replace("\\'", "'") in out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"text", bytes(1000)])
-def test_broken_bytes_are_one_line(run, tmp_path, content):
-    path = tmp_path / "broken.png"
-    path.write_bytes(content)
-    code, out, err = run("predict", path)
+def test_broken_bytes_are_one_line(run, tmp_path):
+    for i, content in enumerate((b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"text", bytes(1000))):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    code, out, err = run("predict", *sorted(tmp_path.iterdir()))
     assert (code, out) == (2, "")
-    assert "not a readable image" in one_line_error(err)
+    lines = err.splitlines()
+    assert len(lines) == 5
+    assert all("not a readable image" in one_line_error(line) for line in lines)
 
 
 @pytest.mark.cifar100
 def test_evaluate(run, cifar100, test_images, monkeypatch):
-    part = test_images.subset(np.arange(250))
+    part = test_images.subset(np.arange(100))
     monkeypatch.setattr(mz.data, "load_images", lambda *_: part)
     code, out, err = run("evaluate", ENTRY.model, "--data", cifar100, "--json")
     assert code == 0, err
     document = json.loads(out)
-    assert document["images"] == 250
-    assert document["top1"] == pytest.approx(ENTRY.top1, abs=9)
+    assert document["images"] == 100
+    assert document["top1"] == pytest.approx(ENTRY.top1, abs=12)
     assert document["top5"] > document["top1"]
     assert len(document["per_class"]) == 100
-    assert "250/250" in err  # the progress bar
+    assert "100/100" in err  # the progress bar
     code, out, err = run("evaluate", ENTRY.model, "--data", cifar100)
     assert f"{document['top1']:.2f}" in out
     part = test_images.subset(np.arange(50))
-    for name in LGC_MODELS:
+    for name in ("mobilenetv2_lgc_cifar100", "mobilenetv2_lgc_gc_cifar100"):
         masked = json.loads(run("evaluate", name, "--data", cifar100, "--json")[1])
         condensed = json.loads(run("evaluate", name, "--data", cifar100, "--json", "--condensed")[1])
         assert condensed["top1"] == masked["top1"]

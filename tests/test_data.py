@@ -1,4 +1,4 @@
-"""Reading data sets in the layouts that users have."""
+"""Reading data sets in the layouts that users have, and measuring on them."""
 
 import hashlib
 import io
@@ -9,9 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from mobilenets_zoo.data import ImageSet, load_images, read_image
+from mobilenets_zoo.evaluation import evaluate
 
 TRAIN_MEAN = (0.50708, 0.48655, 0.44092)
 TEST_PIXELS = "25298951534f6b9afdfd0676eff99bb482acc7b9a68051dfc6c35006f90af038"
@@ -69,8 +72,29 @@ def test_torchvision_root(tmp_path, monkeypatch):
     assert data.images.shape == (2, 32, 32, 3)
     assert data.labels.tolist() == [1, 0]
     assert data.classes == ("x", "y")
+    assert load_images(folder, "test").classes == ("x", "y")
     (folder / "test").write_bytes(b"altered")
     with pytest.raises(ValueError, match="torchvision can't read CIFAR100"):
+        load_images(tmp_path, "test")
+
+
+@pytest.mark.parametrize("other", ["cifar10/test-00000-of-00001.parquet", "cifar-10-batches-py", "cifar-100-python"])
+def test_several_data_sets_are_not_mixed(tmp_path, other):
+    write_parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet", [0, 1])
+    if other.endswith(".parquet"):
+        write_parquet(tmp_path / other, [2], "label", ("x", "y", "z"))
+    else:
+        (tmp_path / other).mkdir()
+    with pytest.raises(ValueError, match=rf"several data sets; give one of .*{other.partition('/')[0]}") as error:
+        load_images(tmp_path, "test")
+    assert str(tmp_path / "cifar100") in str(error.value)
+    assert load_images(tmp_path / "cifar100", "test").labels.tolist() == [0, 1]
+
+
+def test_shards_of_two_data_sets_in_one_folder_are_not_mixed(tmp_path):
+    write_parquet(tmp_path / "test-00000-of-00002.parquet", [0])
+    write_parquet(tmp_path / "test-00001-of-00002.parquet", [1], "label", ("x", "y", "z"))
+    with pytest.raises(ValueError, match=r"test-00001-of-00002.*belongs to another data set"):
         load_images(tmp_path, "test")
 
 
@@ -79,19 +103,6 @@ def test_broken_parquet_is_named(tmp_path, content):
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet: can't be read"):
         load_images(tmp_path, "train")
-
-
-def test_parquet_with_other_columns_is_named(tmp_path):
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "train-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"columns \['x'\], expected img"):
-        load_images(tmp_path, "train")
-
-
-def test_broken_image_is_named(tmp_path):
-    table = pa.table({"img": [{"bytes": b"no image", "path": ""}], "fine_label": [0]})
-    pq.write_table(table, tmp_path / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet: can't be read"):
-        load_images(tmp_path, "test")
 
 
 def table(images=None, labels=(0, 1), metadata=None) -> pa.Table:
@@ -116,6 +127,7 @@ def small(size: tuple[int, int]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (lambda: pa.table({"x": [1]}), r"columns \['x'\], expected img"),
         (lambda: table(images=["a", "b"]), "img must hold structs"),
         (lambda: table(labels=[0, None]), "whole numbers and no nulls"),
         (lambda: table(labels=[0.0, 1.0]), "whole numbers and no nulls"),
@@ -132,6 +144,7 @@ def test_what_is_wrong_in_a_table_is_one_line(tmp_path, content, message):
     pq.write_table(content(), tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=message) as error:
         load_images(tmp_path, "test")
+    assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -188,6 +201,51 @@ def test_digest_follows_the_pixels():
     images = np.zeros((2, 32, 32, 3), np.uint8)
     data = ImageSet(images, np.zeros(2, np.int64), ("a",))
     assert data.sha256() == hashlib.sha256(images.tobytes()).hexdigest()
+
+
+def made_up(images: int = 6, classes: int = 100, channels: int = 3) -> ImageSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 32, 32, channels), dtype=np.uint8)
+    return ImageSet(pixels, np.arange(images) % 3, tuple(map(str, range(classes))))
+
+
+def test_evaluation_counts_what_occurs_and_restores_the_mode():
+    model = timm.create_model("mobilenetv1_w025_cifar100").train()
+    model.blocks[0].eval()
+    flags = [module.training for module in model.modules()]
+    result = evaluate(model, made_up(), batch_size=4)
+    assert [module.training for module in model.modules()] == flags
+    assert result.per_class[3:] == (None,) * 97
+    assert result.top1 == pytest.approx(sum(result.per_class[:3]) / 3, abs=1e-3)
+    assert "NaN" not in json.dumps(result.to_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_evaluation_in_the_models_precision(dtype):
+    model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
+    expected = evaluate(model, made_up())
+    assert evaluate(model.to(dtype), made_up()).loss == pytest.approx(expected.loss, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "message"),
+    [
+        ({}, made_up(channels=1), r"takes images of \(3, 32, 32\), the data has \(1, 32, 32\)"),
+        ({"in_chans": 1}, made_up(), r"takes images of \(1, 32, 32\), the data has \(3, 32, 32\)"),
+        ({}, made_up(classes=10), "has 100 classes, the data has 10"),
+        ({}, made_up(images=0), "no images"),
+    ],
+)
+def test_evaluation_checks_first_what_fits(arguments, data, message):
+    model = timm.create_model("mobilenetv1_w025_cifar100", **arguments)
+    done = []
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, data, 2, done.append)
+    assert not done
+
+
+def test_a_grey_model_is_evaluated_on_grey_images():
+    model = timm.create_model("mobilenetv1_w025_cifar100", in_chans=1)
+    assert evaluate(model, made_up(channels=1)).images == 6
 
 
 @pytest.mark.cifar100

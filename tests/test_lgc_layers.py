@@ -15,20 +15,20 @@ from torch.nn import functional as F
 import mobilenets_zoo as mz
 from mobilenets_zoo.lgc.layers import condense_weight, expand_weight
 
-settings.register_profile("zoo", deadline=None, max_examples=40)
+settings.register_profile("zoo", deadline=None, max_examples=25)
 settings.load_profile("zoo")
 
 
 @st.composite
-def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> mz.LearnedGroupConv2d:
-    """Layers of any shape with random weights and a random finished mask."""
+def layers(draw: st.DrawFn) -> mz.LearnedGroupConv2d:
+    """Layers in float64 of any shape with random weights and a random finished mask."""
     groups = draw(st.sampled_from([1, 2, 3, 4, 8]))
     condense_factor = draw(st.sampled_from([1, 2, 3, 4, 8]))
     in_channels = condense_factor * draw(st.integers(1, 24))
     out_channels = groups * draw(st.integers(1, 40))
     seed = draw(st.integers(0, 2**31))
     torch.manual_seed(seed)
-    layer = mz.LearnedGroupConv2d(in_channels, out_channels, groups, condense_factor, dtype=dtype)
+    layer = mz.LearnedGroupConv2d(in_channels, out_channels, groups, condense_factor, dtype=torch.float64)
     return with_random_masks(layer, seed)
 
 
@@ -40,19 +40,14 @@ def pruned(in_channels: int = 16, out_channels: int = 8, groups: int = 4, conden
 
 @given(layer=layers(), batch=st.integers(0, 3), size=st.tuples(st.integers(1, 9), st.integers(1, 9)))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_condensed_equals_masked_in_float64(layer, batch, size, memory_format):
+def test_condensed_equals_masked(layer, batch, size, memory_format):
     x = torch.randn(batch, layer.in_channels, *size, dtype=torch.float64).to(memory_format=memory_format)
     condensed = layer.condense()
     if batch:
         assert mz.check_equivalent(layer, condensed, x) <= 1e-12
     assert condensed(x).shape == layer(x).shape
-
-
-@given(layer=layers(torch.float32))
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_condensed_equals_masked_in_float32(layer, memory_format):
-    x = torch.randn(2, layer.in_channels, 8, 8).to(memory_format=memory_format)
-    assert mz.check_equivalent(layer, layer.condense(), x) <= 1e-5
+    if batch:
+        assert mz.check_equivalent(layer.float(), condensed.float(), x.float()) <= 1e-5
 
 
 @given(layer=layers())
@@ -71,30 +66,22 @@ def test_condense_and_expand_are_inverse(layer):
     assert torch.equal(dense, layer.masked_weight())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("channels", "outputs"), [((64, 64), 384), ((576, 160), 160), ((192, 32), 32)])
-def test_channels_last_output_keeps_its_layout_and_gradients(channels, outputs):
+def test_output_keeps_its_layout_and_gradients(channels, outputs, memory_format):
     """Covers the wide form that gathers and the narrow one that spreads the weight."""
     layer = with_random_masks(mz.LearnedGroupConv2d(channels[0], outputs, dtype=torch.float64))
     condensed = layer.condense()
-    x = torch.randn(2, channels[0], 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x = torch.randn(2, channels[0], 8, 8, dtype=torch.float64).to(memory_format=memory_format)
     x_condensed = x.clone().requires_grad_()
     x_masked = x.clone().requires_grad_()
     out = condensed(x_condensed)
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.is_contiguous(memory_format=memory_format)
     out.square().sum().backward()
     layer(x_masked).square().sum().backward()
     torch.testing.assert_close(x_condensed.grad, x_masked.grad)
     kept, _ = condense_weight(layer.weight.grad, layer.mask, 4)
     torch.testing.assert_close(condensed.weight.grad, kept)
-
-
-def test_condensed_gradients_in_contiguous_format():
-    layer = with_random_masks(mz.LearnedGroupConv2d(64, 32, dtype=torch.float64))
-    condensed = layer.condense()
-    x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
-    condensed(x).square().sum().backward()
-    layer(x).square().sum().backward()
-    torch.testing.assert_close(condensed.weight.grad, condense_weight(layer.weight.grad, layer.mask, 4)[0])
 
 
 def test_forward_leaves_all_state_alone():

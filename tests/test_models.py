@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import ALL_MODELS, LGC_MODELS, with_lively_statistics
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
@@ -34,6 +35,10 @@ COSTS = {
 }
 
 each_model = pytest.mark.parametrize("name", ALL_MODELS)
+# One model of each kind of layer; the others are made of the same ones.
+each_kind = pytest.mark.parametrize(
+    "name", ["mobilenetv1_w025_cifar100", "mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"]
+)
 
 
 def deployed(name: str, **kwargs) -> nn.Module:
@@ -48,7 +53,7 @@ def test_fourteen_models_are_registered():
 def test_parameters_and_macs(name):
     profile = mz.profile(deployed(name))
     assert (profile.params, profile.macs) == COSTS[name]
-    assert mz.profiling.deployed_profiles()[name] == profile
+    assert mz.catalogue.deployed_profiles()[name] == profile
 
 
 @pytest.mark.parametrize("name", LGC_MODELS)
@@ -77,15 +82,15 @@ def test_profile_restores_training_flags_and_follows_the_size():
 
 
 @each_model
-@pytest.mark.parametrize("size", [64, 96, 224])
-def test_other_input_sizes(name, size):
+def test_other_input_sizes(name):
     model = timm.create_model(name, device="meta")
-    x = torch.empty(1, 3, size, size, device="meta")
-    assert model.forward_features(x).shape == (1, model.num_features, size // 4, size // 4)
-    assert model(x).shape == (1, 100)
+    for size in (64, 96, 224):
+        x = torch.empty(1, 3, size, size, device="meta")
+        assert model.forward_features(x).shape == (1, model.num_features, size // 4, size // 4)
+        assert model(x).shape == (1, 100)
 
 
-@each_model
+@each_kind
 def test_head_options(name):
     model = timm.create_model(name, num_classes=10, in_chans=1, drop_rate=0.5, global_pool="avgmax").eval()
     x = torch.randn(2, 1, 32, 32)
@@ -103,24 +108,25 @@ def test_head_options(name):
     assert pooled.forward_head(features, pre_logits=True).shape == (2, pooled.head_hidden_size)
 
 
-@each_model
+@each_kind
 def test_unknown_arguments_raise(name):
     with pytest.raises(TypeError, match="no_such_argument"):
         timm.create_model(name, no_such_argument=1)
 
 
-@each_model
-def test_drop_path_acts_in_training_only(name):
-    model = timm.create_model(name, drop_path_rate=0.5)
-    drops = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
-    if name.startswith("mobilenetv1"):
-        assert not drops  # no residual connection to drop
-        return
-    assert drops == sorted(drops)
-    assert drops[-1] == pytest.approx(0.5)
+def test_drop_path_acts_in_training_only():
+    assert not any(isinstance(m, DropPath) for m in timm.create_model("mobilenetv1_cifar100").modules())
+    model = timm.create_model("mobilenetv2_lgc_cifar100", drop_path_rate=0.5)
+    drops = [m for m in model.modules() if isinstance(m, DropPath)]
+    rates = [drop.drop_prob for drop in drops]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.5)
+    with_lively_statistics(model)
     x = torch.randn(4, 3, 32, 32)
-    model.eval()
     assert torch.equal(model(x), model(x))
+    for drop in drops:
+        drop.train()
+    assert not torch.equal(model(x), model(x))
 
 
 @each_model
@@ -137,7 +143,7 @@ def test_layerwise_decay_groups_follow_depth(name):
     create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
 
 
-@each_model
+@each_kind
 def test_device_dtype_and_bfloat16(name):
     model = timm.create_model(name, device="meta", dtype=torch.float64)
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -149,7 +155,7 @@ def test_device_dtype_and_bfloat16(name):
     assert low.get_classifier().weight.dtype == torch.bfloat16
 
 
-@each_model
+@each_kind
 def test_memory_formats_agree(name):
     model = with_lively_statistics(deployed(name)).double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -165,7 +171,7 @@ def forms(name: str) -> list[nn.Module]:
     return [with_lively_statistics(model) for model in models]
 
 
-@each_model
+@each_kind
 def test_symbolic_trace_is_equal(name):
     x = torch.randn(2, 3, 32, 32)
     for model in forms(name):
@@ -175,7 +181,7 @@ def test_symbolic_trace_is_equal(name):
         assert torch.equal(traced(x_last), model(x_last))
 
 
-@each_model
+@each_kind
 def test_export_with_dynamic_batch_is_equal(name):
     for model in forms(name):
         batch = torch.export.Dim("batch", min=1, max=64)
@@ -184,23 +190,14 @@ def test_export_with_dynamic_batch_is_equal(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_gc_cifar100", "mobilenetv2_lgc_cifar100"])
-def test_compile_fullgraph_is_equal(name):
-    """One model of each kind of layer, through Dynamo and AOTAutograd; Inductor's code is not this project's."""
-    for model in forms(name):
+@each_kind
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_compile_fullgraph_is_equal(name, backend):
+    for model in [*forms(name), mz.optimize_for_inference(forms(name)[-1])]:
         x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-        torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@each_model
-def test_compile_fullgraph_with_inductor(name):
-    for model in forms(name):
-        x = torch.randn(2, 3, 32, 32)
-        with torch.no_grad():
-            torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
         torch._dynamo.reset()
 
 

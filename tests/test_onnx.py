@@ -1,5 +1,6 @@
 """ONNX files: equal outputs, metadata, atomic writing, int8, the command."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,11 @@ def lively(name: str, **kwargs) -> nn.Module:
 
 
 # One model per combination of rewrites; the others take the same paths.
-QUICK_MODELS = ("mobilenetv1_w025", "mobilenetv2_t1", "mobilenetv2_lgc", "mobilenetv2_gc", "mobilenetv2_lgc_gc")
-
-
-def slow_unless(quick: bool) -> tuple:
-    return () if quick else (pytest.mark.slow,)
+QUICK_MODELS = ("mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100", "mobilenetv2_gc_cifar100")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=slow_unless(name.removesuffix("_cifar100") in QUICK_MODELS)) for name in ALL_MODELS],
+    "name", [pytest.param(name, marks=() if name in QUICK_MODELS else pytest.mark.slow) for name in ALL_MODELS]
 )
 def test_the_deployed_form_runs_in_onnx_runtime(name, tmp_path):
     model = lively(name)
@@ -58,21 +54,6 @@ def test_the_form_is_kept(form, tmp_path):
     assert operators.count("Gather") == (34 if form == "condensed" else 0)
     assert model.training == (form == "masked")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-class Means(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = [x.mean((2, 3), keepdim=True), x.mean((-1, -2), keepdim=True)]
-        others = [x.mean((1, 2)), x.mean((2, 3)), x.mean(1).mean((1, 2), keepdim=True)]
-        return torch.cat([mean.flatten(1) for mean in pooled + others], 1)
-
-
-def test_global_means_become_pooling(tmp_path):
-    mz.export_onnx(Means(), tmp_path / "model.onnx", input_size=(3, 8, 8))  # compares the outputs
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    operators = [node.op_type for node in graph.node]
-    assert (operators.count("GlobalAveragePool"), operators.count("ReduceMean")) == (2, 4)
-    assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
 
 
 def test_preprocessing_inside_is_timms_own(tmp_path):
@@ -152,9 +133,30 @@ def test_bad_arguments():
         mz.export_onnx(lively(WEIGHTS), "x.onnx", calibration_images=np.zeros((4, 28, 28, 3), np.uint8))
 
 
+def test_exporting_leaves_random_state_and_logging_alone(tmp_path):
+    model = mz.LearnedGroupConv2d(8, 8)
+    state, calls = torch.get_rng_state(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "disable", calls.append)
+        mz.export_onnx(model, tmp_path / "model.onnx", input_size=(8, 4, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not calls
+
+
+def test_command_writes_the_form_that_it_names(run, tmp_path):
+    gathers = {}
+    for form in ("", "--condensed", "--optimized"):
+        path = tmp_path / f"model{form}.onnx"
+        code, _, err = run("export", "mobilenetv2_lgc_cifar100", path, *filter(None, [form]))
+        assert code == 0, err
+        operators = [node.op_type for node in onnx.load(path).graph.node]
+        gathers[form] = operators.count("Gather")
+    assert gathers[""] == 0 < gathers["--optimized"] < gathers["--condensed"] == 34
+
+
 def test_command_writes_a_file(run, tmp_path):
     path = tmp_path / "model.onnx"
-    code, out, err = run("export", WEIGHTS, path, "--condensed", "--with-preprocessing")
+    code, out, err = run("export", WEIGHTS, path, "--optimized", "--with-preprocessing")
     assert code == 0, err
     assert str(path) in out
     assert mz.OnnxClassifier(path).preprocessing
@@ -167,6 +169,8 @@ def test_command_writes_a_file(run, tmp_path):
         ((WEIGHTS, "x.txt"), "must end in .onnx"),
         ((WEIGHTS, "no/such/folder/x.onnx"), "no such folder; create it"),
         ((WEIGHTS, "x.onnx", "--int8"), "go together"),
+        ((WEIGHTS, "x.onnx", "--condensed"), "leave --condensed out"),
+        ((WEIGHTS, "x.onnx", "--condensed", "--optimized"), "choose one of them"),
         ((WEIGHTS, "x.onnx", "--int8", "--data", "no/such"), "no such folder"),
     ],
 )
@@ -181,9 +185,9 @@ def test_command_says_what_is_wrong(run, args, message, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def some_cifar100(cifar100, tmp_path_factory) -> Path:
-    """A folder with 600 of the training images and 2,000 of the test images."""
+    """A folder with 600 of the training images and 1,000 of the test images."""
     folder = tmp_path_factory.mktemp("some_cifar100")
-    for split, count in (("train", 600), ("test", 2000)):
+    for split, count in (("train", 600), ("test", 1000)):
         table = pq.read_table(min(cifar100.rglob(f"{split}-*.parquet")))
         pq.write_table(table.slice(0, count), folder / f"{split}-00000-of-00001.parquet")
     return folder
@@ -202,11 +206,11 @@ def test_int8_loses_little(run, name, tmp_path, cifar100):
 
 
 def check_int8(run, name: str, file: Path, data: Path, same_images: bool) -> None:
-    code, out, err = run("export", name, file, "--condensed", "--int8", "--data", data)
+    code, out, err = run("export", name, file, "--optimized", "--int8", "--data", data)
     assert code == 0, err
     words = out.split()
     int8, fp32 = (float(words[words.index(form) + 1]) for form in ("int8", "fp32"))
-    assert fp32 == pytest.approx(mz.pretrained.default_entry(name).top1, abs=0.05 if same_images else 3)
+    assert fp32 == pytest.approx(mz.pretrained.default_entry(name).top1, abs=0.05 if same_images else 4)
     # The smallest network changes its mind on 3 % of the images and lost 0.51 points.
     assert fp32 - 1 <= int8 < fp32 + 1
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import preprocess
-from mobilenets_zoo.inference import rewrites
-from mobilenets_zoo.inference.folded_conv import FoldedConv2d
+from mobilenets_zoo.inference import optimize, rewrites
+from mobilenets_zoo.inference.optimize import FoldedConv2d
 from mobilenets_zoo.inference.rewrites import Convolution, HiddenLayers
+from mobilenets_zoo.models._base import ConvBn
 
 
 def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
@@ -47,13 +48,27 @@ def run(layers: HiddenLayers, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_fold_batchnorm_is_exact():
-    model = lively("mobilenetv1_w025_cifar100").double()
-    layer = model.blocks[1][0].depthwise
-    folded = rewrites.fold_batchnorm(layer)
-    x = torch.randn(2, 64, 16, 16, dtype=torch.float64)
-    expected = layer.bn.act(F.conv2d(x, folded.weight, folded.bias, folded.stride, 1, groups=folded.groups))
-    torch.testing.assert_close(layer(x), expected)
+def layer_with_bias(conv: nn.Module) -> ConvBn:
+    layer = ConvBn(conv, 8)
+    nn.init.normal_(conv.bias)
+    return with_lively_statistics(nn.Sequential(nn.Conv2d(3, 8, 1), layer))[1].double()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: lively("mobilenetv1_w025_cifar100").double().blocks[1][0].depthwise,
+        lambda: layer_with_bias(nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)),
+        lambda: layer_with_bias(mz.CondensedConv2d(8, 8, 2, 2, stride=2, bias=True)),
+        lambda: layer_with_bias(mz.LearnedGroupConv2d(8, 8, 2, 2, stride=2, bias=True).prune_(4)),
+    ],
+    ids=["depthwise", "bias", "condensed", "masked"],
+)
+@torch.no_grad()
+def test_fold_batchnorm_is_exact(layer):
+    layer = layer()
+    x = torch.randn(2, layer.conv.in_channels, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(FoldedConv2d(rewrites.fold_batchnorm(layer), act=True)(x), layer(x))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -83,19 +98,13 @@ def test_merged_groups_compute_the_same(merge):
     torch.testing.assert_close(run(merged, x), run(layers, x))
 
 
-def test_spreading_needs_no_gather():
+@pytest.mark.parametrize("read_twice", [False, True])
+def test_spreading_needs_no_gather(read_twice):
     layers = hidden_layers(groups=1)
+    if read_twice:
+        layers.projection.index[:2] = layers.projection.index[0]
     spread = replace(layers, projection=rewrites.spread_over_inputs(layers.projection, 96))
-    assert spread.projection.index is None
-    assert spread.projection.groups == 1
-    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(run(spread, x), run(layers, x))
-
-
-def test_spreading_adds_up_inputs_that_are_read_twice():
-    layers = hidden_layers(groups=1)
-    layers.projection.index[:2] = layers.projection.index[0]
-    spread = replace(layers, projection=rewrites.spread_over_inputs(layers.projection, 96))
+    assert (spread.projection.index, spread.projection.groups) == (None, 1)
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(run(spread, x), run(layers, x))
 
@@ -153,36 +162,34 @@ def test_groups_without_a_gather_are_merged_however_few_their_outputs():
     assert (projection.groups, projection.weight.shape[1]) == (2, 96)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", ALL_MODELS)
-def test_optimized_network_is_equal(name, dtype, tolerance, memory_format):
-    model = lively(name).to(dtype)
+@torch.no_grad()
+def test_optimized_network_is_equal(name):
+    model = lively(name)
     before = copy.deepcopy(model.state_dict())
-    network = mz.optimize_for_inference(model)
-    x = torch.randn(4, 3, 32, 32, dtype=dtype).to(memory_format=memory_format)
-    assert mz.check_equivalent(model, network.to(memory_format=memory_format), x, tolerance) <= tolerance
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
+        network = mz.optimize_for_inference(model.to(dtype))
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            inputs = x.to(dtype, memory_format=memory_format)
+            assert mz.check_equivalent(model, network.to(memory_format=memory_format), inputs, tolerance) <= tolerance
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(before[key], value.to(before[key])) for key, value in model.state_dict().items())
     if name in LGC_MODELS:
-        again = mz.optimize_for_inference(mz.condense(model))
-        mz.check_equivalent(network, again, x)
-        assert count_macs(network) < mz.profile(model).macs
+        mz.check_equivalent(network, mz.optimize_for_inference(mz.condense(model)), x)
+        assert mz.profile(network).macs < mz.profile(model).macs
 
 
-def count_macs(network: nn.Module) -> int:
-    macs = network.classifier.weight.numel()
-
-    def count(module, _, output):
-        nonlocal macs
-        macs += output[0].numel() * module.weight[0].numel()
-
-    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, FoldedConv2d)]
-    weight = network.stem.weight
-    network(torch.zeros(1, 3, 32, 32, dtype=weight.dtype))
-    for hook in hooks:
-        hook.remove()
-    return macs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_checked(dtype, monkeypatch):
+    model = timm.create_model("mobilenetv2_lgc_cifar100", pretrained=True).eval().to(dtype)
+    network = mz.optimize_for_inference(model)
+    assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+    mz.check_equivalent(model, network, torch.randn(2, 3, 32, 32, dtype=dtype))
+    wrong = rewrites.fold_batchnorm
+    monkeypatch.setattr(optimize, "fold_batchnorm", lambda layer: replace(wrong(layer), bias=1 + wrong(layer).bias))
+    with pytest.raises(ValueError, match="not equivalent"):
+        mz.optimize_for_inference(model)
 
 
 @pytest.mark.cifar100
@@ -246,3 +253,10 @@ def test_a_rewritten_network_has_a_profile():
     plain, rewritten = mz.profile(model), mz.profile(mz.optimize_for_inference(model))
     assert rewritten.macs == plain.macs
     assert 0.9 * plain.params < rewritten.params < plain.params
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
+@torch.no_grad()
+def test_a_rewritten_network_can_be_traced(name):
+    network, x = mz.optimize_for_inference(lively(name)), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.trace(network, x)(x), network(x))

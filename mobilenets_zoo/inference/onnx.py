@@ -5,11 +5,10 @@ Needs the packages of `pip install 'mobilenets-zoo[onnx]'` and torch 2.6 or newe
 
 import copy
 import json
-import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +18,10 @@ from torch import nn
 
 import mobilenets_zoo
 from mobilenets_zoo.data import ImageSet
+from mobilenets_zoo.evaluation import per_channel, preprocess
 from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.inference.optimize import FoldedConv2d
+from mobilenets_zoo.inference.rewrites import as_convolution
 from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent, learned_layers
 
 __all__ = ["OnnxClassifier", "calibration_images", "export_onnx", "onnx_top1"]
@@ -78,7 +80,7 @@ def export_onnx(
             preprocessing or calibration needs a mean and a standard deviation that the model doesn't name.
         OSError: the file can't be written.
     """
-    runtime = _import_runtime()
+    _import_runtime()
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     size = input_size or cfg.get("input_size")
     if size is None:
@@ -93,30 +95,30 @@ def export_onnx(
             f"{type(model).__name__} names no mean and std to normalise with; set model.pretrained_cfg = "
             "{'mean': ..., 'std': ...}, as timm's models have it"
         )
-    mean, std = (_per_channel(cfg[key], channels) if key in cfg else () for key in ("mean", "std"))
+    mean, std = (per_channel(cfg[key], channels) if key in cfg else () for key in ("mean", "std"))
 
-    plain = _with_dense_layers(model).float().cpu().eval()
-    network: nn.Module = WithPreprocessing(plain, mean, std) if preprocessing else plain
+    # A masked layer becomes a dense convolution with zeros where its mask is False.
+    dense = {id(layer): FoldedConv2d(as_convolution(layer), act=False) for layer in learned_layers(model).values()}
+    network: nn.Module = copy.deepcopy(model, memo=dict(dense)).float().cpu().eval()
+    generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
     if preprocessing:
-        sample = torch.randint(256, (2, height, width, channels), dtype=torch.uint8)
+        network = WithPreprocessing(network, mean, std)
+        sample = torch.randint(256, (3, height, width, channels), dtype=torch.uint8, generator=generator)
     else:
-        sample = torch.randn(2, channels, height, width)
-    content = _onnx_bytes(network, sample, preprocessing)
-    content.metadata_props.extend(_metadata(cfg, size, mean, std))
+        sample = torch.randn(3, channels, height, width, generator=generator)
+    data = _onnx_bytes(network, sample[:2], preprocessing, _metadata(cfg, size, mean, std))
     with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
-        data = content.SerializeToString()
         if calibration_images is not None:
             feeds = calibration_images if preprocessing else _normalised(calibration_images, mean, std)
             data = _quantized(data, Path(folder), feeds)
         file.write(data)
         file.flush()
-        written = _RuntimeModule(runtime.InferenceSession(file.name, providers=["CPUExecutionProvider"]))
+        written = OnnxClassifier(file.name)
         # An int8 network's values are its own, but as many as the model's and finite.
         exact = REWRITTEN * TOLERANCES[torch.float32]
         tolerance = exact if calibration_images is None else sys.float_info.max
-        for batch in (1, 3):
-            inputs = sample[:1].repeat(batch, 1, 1, 1) if preprocessing else torch.randn(batch, channels, height, width)
-            check_equivalent(network, written, inputs, tolerance)
+        for inputs in (sample[:1], sample):
+            check_equivalent(network, lambda x: torch.from_numpy(written(x.numpy())), inputs, tolerance)
 
 
 class OnnxClassifier:
@@ -179,79 +181,33 @@ def _import_runtime() -> Any:
     return onnxruntime
 
 
-def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
-    """Returns one value per channel; a grey model's is the mean over the colours."""
-    values = (values,) if isinstance(values, float) else tuple(values)
-    return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
 def _normalised(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    pixels = (images / 255.0 - np.asarray(mean)) / np.asarray(std)
-    return pixels.transpose(0, 3, 1, 2).astype(np.float32)
+    return preprocess(torch.from_numpy(images), mean, std).contiguous().numpy()
 
 
-def _with_dense_layers(model: nn.Module) -> nn.Module:
-    """Returns a copy in which masked layers are dense convolutions with zeros where the mask is False."""
-    dense: dict[int, nn.Module] = {}
-    for layer in learned_layers(model).values():
-        conv = nn.Conv2d(layer.in_channels, layer.out_channels, 1, layer.stride, bias=layer.bias is not None)
-        conv.weight = nn.Parameter(layer.masked_weight().detach().cpu(), requires_grad=False)
-        if layer.bias is not None:
-            conv.bias = nn.Parameter(layer.bias.detach().cpu(), requires_grad=False)
-        dense[id(layer)] = conv
-    return copy.deepcopy(model, memo=dict(dense))
-
-
-def _onnx_bytes(network: nn.Module, sample: torch.Tensor, preprocessing: bool) -> Any:
-    """Returns the network as an onnx.ModelProto."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the exporter reports its steps
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                network,
-                (sample,),
-                dynamo=True,
-                input_names=["images" if preprocessing else "input"],
-                output_names=["probabilities" if preprocessing else "logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
-                verbose=False,
-            )
-    finally:
-        logging.disable(level)
-    assert program is not None
-    content = program.model_proto
-    _use_global_average_pool(content.graph)
-    return content
-
-
-def _use_global_average_pool(graph: Any) -> None:
-    """Turns means over height and width into the operator for it, which ONNX Runtime computes in blocked layouts."""
-    from onnx import numpy_helper
-
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
-    replaced = set()
-    for node in graph.node:
-        if node.op_type != "ReduceMean" or len(node.input) != 2 or ranks.get(node.input[0]) != 4:
-            continue
-        keeps_dimensions = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
-        axes = constants.get(node.input[1])
-        if keeps_dimensions and axes is not None and sorted(numpy_helper.to_array(axes) % 4) == [2, 3]:
-            node.op_type = "GlobalAveragePool"
-            replaced.add(axes.name)
-            del node.input[1:], node.attribute[:]
-    for name in replaced.difference(*(node.input for node in graph.node)):
-        graph.initializer.remove(constants[name])
-
-
-def _metadata(cfg: dict[str, Any], size: Any, mean: Any, std: Any) -> list[Any]:
+def _onnx_bytes(network: nn.Module, sample: torch.Tensor, preprocessing: bool, metadata: dict[str, str]) -> bytes:
     import onnx
 
-    name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (sample,),
+            dynamo=True,
+            input_names=["images" if preprocessing else "input"],
+            output_names=["probabilities" if preprocessing else "logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
+            verbose=False,
+        )
+    assert program is not None
+    content = program.model_proto
+    onnx.helper.set_model_props(content, metadata)
+    return content.SerializeToString()
+
+
+def _metadata(cfg: dict[str, Any], size: Any, mean: Any, std: Any) -> dict[str, str]:
     values = {
-        "model": name,
+        "model": ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag")))),
         "version": mobilenets_zoo.__version__,
         "class_names": cfg.get("label_names"),
         "mean": mean,
@@ -259,55 +215,34 @@ def _metadata(cfg: dict[str, Any], size: Any, mean: Any, std: Any) -> list[Any]:
         "input_size": size,
         "interpolation": cfg.get("interpolation"),
     }
-    return [onnx.StringStringEntryProto(key=key, value=json.dumps(value)) for key, value in values.items()]
+    return {key: json.dumps(values[key]) for key in METADATA_KEYS}
 
 
 def _quantized(data: bytes, folder: Path, feeds: np.ndarray) -> bytes:
     """Returns the network with int8 convolutions and classifier, quantised statically."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self, name: str):
-            self.batches: Iterator[np.ndarray] = iter(
-                feeds[i : i + CALIBRATION_BATCH] for i in range(0, len(feeds), CALIBRATION_BATCH)
-            )
-            self.name = name
-
-        def get_next(self) -> Optional[dict[str, np.ndarray]]:
-            batch = next(self.batches, None)
-            return None if batch is None else {self.name: batch}
 
     source, folded, result = (folder / f"{name}.onnx" for name in ("source", "folded", "int8"))
     source.write_bytes(data)
     quant_pre_process(str(source), str(folded), skip_symbolic_shape=True)  # folds BatchNorm
-    import onnx
+    name = onnx.load(str(folded)).graph.input[0].name
+    batches = iter(feeds[i : i + CALIBRATION_BATCH] for i in range(0, len(feeds), CALIBRATION_BATCH))
 
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        quantize_static(
-            str(folded),
-            str(result),
-            Reader(onnx.load(str(folded)).graph.input[0].name),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Clip", "GlobalAveragePool", "Gather"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-    finally:
-        logging.disable(level)
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> Optional[dict[str, np.ndarray]]:
+            batch = next(batches, None)
+            return None if batch is None else {name: batch}
+
+    quantize_static(
+        str(folded),
+        str(result),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Clip", "GlobalAveragePool", "Gather"],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     return result.read_bytes()
-
-
-class _RuntimeModule(nn.Module):
-    """A session of ONNX Runtime, called like a network."""
-
-    def __init__(self, session: Any):
-        super().__init__()
-        self.session = session
-        self.eval()
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.session.run(None, {self.session.get_inputs()[0].name: inputs.numpy()})[0])

@@ -7,10 +7,11 @@ from typing import Optional
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from mobilenets_zoo.inference.folded_conv import FoldedConv2d
 from mobilenets_zoo.inference.rewrites import (
     Convolution,
+    as_convolution,
     fill_registers,
     fold_batchnorm,
     hidden_layers,
@@ -23,7 +24,29 @@ from mobilenets_zoo.models._base import ConvBn, MobileNetBase
 from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
-__all__ = ["OptimizedNetwork", "optimize_for_inference"]
+__all__ = ["FoldedConv2d", "OptimizedNetwork", "optimize_for_inference"]
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution with bias and ReLU6, after a gather of its input channels where `index` is given."""
+
+    index: Optional[torch.Tensor]
+
+    def __init__(self, convolution: Convolution, act: bool):
+        weight, groups = convolution.weight, convolution.groups
+        channels, kernel = weight.shape[1] * groups, weight.shape[-1]
+        super().__init__(
+            channels, len(weight), kernel, convolution.stride, kernel // 2, groups=groups, device="meta"
+        )  # the values that it would draw are replaced
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.bias = nn.Parameter(convolution.bias.clone(), requires_grad=False)
+        self.register_buffer("index", convolution.index)
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
+        x = super().forward(x if self.index is None else x.index_select(1, self.index))
+        return F.relu6(x) if self.act else x
 
 
 class OptimizedBlock(nn.Module):
@@ -72,7 +95,7 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
 
     Learned group convolutions are condensed, BatchNorm is folded, groups too narrow for fast kernels are merged or
     spread over all inputs, and hidden channels that nothing reads are removed (`rewrites.py`). `model` stays as it
-    was.
+    was. `torch.compile` of the result fuses what eager PyTorch computes one by one.
 
     Args:
         model: a network of the zoo, masked or condensed.
@@ -81,13 +104,14 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
 
     Raises:
         TypeError: not a network of the zoo.
-        ValueError: a mask isn't finished, or the outputs differ by more than 1e-4 (float32) or 1e-11 (float64) of
-            their scale.
+        ValueError: a mask isn't finished, or the outputs differ by more than 1e-4 (float32, and a network in half
+            precision, which is rewritten in float32) or 1e-11 (float64) of their scale.
     """
     if not isinstance(model, MobileNetBase):
         raise TypeError(f"{type(model).__name__} is not a network of the zoo; mz.condense works on any model")
     source = condense(model) if learned_layers(model) else copy.deepcopy(model)
-    source.eval()
+    dtype = source.get_parameter("stem.conv.weight").dtype
+    source = (source if dtype == torch.float64 else source.float()).eval()  # half precision would round twice
     assert isinstance(source, MobileNetBase)
     assert isinstance(source.stem, ConvBn)
     stem = _folded(source.stem)
@@ -97,12 +121,12 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     head_conv = _folded(source.head_conv) if isinstance(source.head_conv, ConvBn) else nn.Identity()
     network = OptimizedNetwork(stem, blocks, head_conv, source)
 
-    weight = network.stem.get_parameter("weight")
-    if weight.dtype in (torch.float64, torch.float32) and not weight.is_meta:
+    weight = stem.weight
+    if not weight.is_meta:
         generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
         images = torch.randn(2, source.in_chans, 32, 32, generator=generator).to(weight)
         check_equivalent(source, network, images, tolerance=REWRITTEN * TOLERANCES[weight.dtype])
-    return network
+    return network.to(dtype)
 
 
 def _folded(layer: ConvBn) -> FoldedConv2d:
@@ -127,8 +151,5 @@ def _optimize_block(block: nn.Module, fit: Callable[[Convolution, int], Convolut
         parts.append(copy.deepcopy(block.shuffle_out))
     shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None
     if isinstance(block.shortcut, nn.Conv2d | CondensedConv2d):  # condensed where to_learned_group_conv made it
-        weight = block.shortcut.weight.detach()
-        index = block.shortcut.index if isinstance(block.shortcut, CondensedConv2d) else None
-        convolution = Convolution(weight, weight.new_zeros(len(weight)), groups=block.shortcut.groups, index=index)
-        shortcut = FoldedConv2d(convolution, act=False)
+        shortcut = FoldedConv2d(as_convolution(block.shortcut), act=False)
     return OptimizedBlock(parts, shortcut)

@@ -10,9 +10,10 @@ from typing import Optional
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mobilenets_zoo.lgc.gather import ONNX_MIN_SAVED, gather_pays
-from mobilenets_zoo.lgc.layers import CondensedConv2d
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 from mobilenets_zoo.models._base import ConvBn
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
@@ -20,6 +21,7 @@ __all__ = [
     "Convolution",
     "HiddenLayers",
     "absorb_shuffle",
+    "as_convolution",
     "fill_registers",
     "fold_batchnorm",
     "hidden_layers",
@@ -88,18 +90,26 @@ class HiddenLayers:
     projection: Convolution
 
 
-def fold_batchnorm(layer: ConvBn) -> Convolution:
-    """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias."""
-    conv, bn = layer.conv, layer.bn
-    assert isinstance(conv, nn.Conv2d | CondensedConv2d)
-    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+def as_convolution(conv: nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) -> Convolution:
+    """Returns what a layer computes, with zeros for a bias that it doesn't have; a masked layer is a dense one."""
+    weight = (conv.masked_weight() if isinstance(conv, LearnedGroupConv2d) else conv.weight).detach()
     return Convolution(
-        weight=(conv.weight * scale[:, None, None, None]).detach(),
-        bias=(bn.bias - bn.running_mean * scale).detach(),
-        groups=conv.groups,
-        stride=conv.stride[0] if isinstance(conv, nn.Conv2d) else 1,
+        weight=weight,
+        bias=weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach(),
+        groups=1 if isinstance(conv, LearnedGroupConv2d) else conv.groups,
+        stride=conv.stride if isinstance(conv.stride, int) else conv.stride[0],
         index=conv.index if isinstance(conv, CondensedConv2d) else None,
     )
+
+
+def fold_batchnorm(layer: ConvBn) -> Convolution:
+    """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias."""
+    assert isinstance(layer.conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d)
+    convolution, bn = as_convolution(layer.conv), layer.bn
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight, convolution.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    return replace(convolution, weight=weight.detach(), bias=bias.detach())
 
 
 def absorb_shuffle(layers: HiddenLayers, shuffle_groups: int) -> HiddenLayers:

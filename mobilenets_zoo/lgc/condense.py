@@ -1,6 +1,7 @@
 """Whole models: from masked to condensed, and the check of equality."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -45,8 +46,8 @@ def condense(model: nn.Module) -> nn.Module:
 
 
 def check_equivalent(
-    a: nn.Module,
-    b: nn.Module,
+    a: Callable[..., torch.Tensor],
+    b: Callable[..., torch.Tensor],
     inputs: torch.Tensor | tuple[torch.Tensor, ...],
     tolerance: float | None = None,
 ) -> float:
@@ -55,8 +56,8 @@ def check_equivalent(
     Both run without gradients and in the mode they are in; running statistics stay untouched.
 
     Args:
-        a: the reference.
-        b: the model to compare.
+        a: the reference, a model or another function.
+        b: what to compare.
         inputs: a tensor, or a tuple of positional arguments.
         tolerance: largest error relative to the outputs' scale; by default 1e-12 (float64), 1e-5 (float32), 1e-2
             (float16) or 5e-2 (bfloat16).
@@ -68,7 +69,7 @@ def check_equivalent(
         ValueError: shapes differ or the error is above the tolerance; the message holds the largest error.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    a, b = (copy.deepcopy(model) if model.training else model for model in (a, b))
+    a, b = (copy.deepcopy(model) if getattr(model, "training", False) else model for model in (a, b))
     with torch.no_grad():
         expected, actual = a(*arguments), b(*arguments)
     if expected.shape != actual.shape:
