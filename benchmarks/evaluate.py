@@ -27,7 +27,7 @@ from training.recipe import RUNS, Recipe, load_recipe
 from training.soft_labels import SoftLabels
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.cli import progress_bar
+from mobilenets_zoo.progress import progress_bar
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.pretrained import WEIGHTS_DIR
 

@@ -23,7 +23,7 @@ from training.recipe import Recipe, load_recipe
 from training.soft_labels import SoftLabels, pack
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.cli import progress_bar
+from mobilenets_zoo.progress import progress_bar
 from mobilenets_zoo.evaluation import preprocess
 
 
