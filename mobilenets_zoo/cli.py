@@ -1,6 +1,7 @@
-"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | publish`."""
+"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | publish | finetune`."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +12,11 @@ import click
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.progress import progress_bar
 
 __all__ = ["main"]
 
@@ -300,12 +302,6 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def progress_bar() -> Progress:
-    """Returns a progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
 def _advance(progress: Progress, task: TaskID, completed: int, offset: int = 0) -> None:
     progress.update(task, completed=offset + completed)
 
@@ -373,3 +369,41 @@ def _transform(model: Any) -> Callable[[Any], torch.Tensor]:
 def _full_name(model: Any) -> str:
     cfg = model.pretrained_cfg
     return f"{cfg['architecture']}.{cfg['tag']}"
+
+
+@cli.command()
+@click.argument("name", metavar="MODEL")
+@click.option(
+    "--data", required=True, help="Folder of images per class (below train and test or not), or Parquet folder."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for weights and results.")
+@click.option("--epochs", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(2))
+@click.option("--lr", default=1e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--layer-decay", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--size", type=click.IntRange(8, 1024), help="Side of the input in pixels, by default the model's.")
+@click.option("--flip/--no-flip", default=True, help="Show mirrored images, too; not for digits and text.")
+@click.option("--freeze", is_flag=True, help="Fit the classifier alone.")
+@click.option("--scratch", is_flag=True, help="Start from random weights, to compare.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--force", is_flag=True, help="Replace what an earlier run wrote to --out.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: bool, **settings: Any) -> None:
+    """Fine-tune a model on images of your own: a name, NAME.TAG, local-dir:DIR or hf-hub:ID."""
+    from mobilenets_zoo import finetuning
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
+    try:
+        with progress_bar() as progress:
+            chosen = finetuning.Settings(**settings)
+            result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        raise InputError(str(error)) from error
+    if not result["finished"]:
+        click.echo(f"{out}: stopped after {len(result['history'])} of {chosen.epochs} epochs; go on with --resume")
+        sys.exit(130)
+    scores = result["evaluation"]
+    click.echo(
+        f"{out}: top-1 {scores['top1']:.1f} % of {scores['images']:,} held-out images, {result['seconds']:.0f} s"
+    )

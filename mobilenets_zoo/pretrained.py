@@ -19,6 +19,7 @@ import timm
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from mobilenets_zoo.files import atomic_write
@@ -36,6 +37,7 @@ __all__ = [
     "manifest",
     "save_weights",
     "verified_weights",
+    "write_config",
 ]
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -368,3 +370,22 @@ def save_weights(model: nn.Module, path: Union[str, Path]) -> None:
                         raise ValueError(f"{key} holds values that half precision can't represent")
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+
+
+def write_config(model: nn.Module, path: Union[str, Path]) -> None:
+    """Writes the config.json that makes a folder with model.safetensors loadable: `timm.create_model("local-dir:DIR")`.
+
+    Args:
+        model: a network of the zoo; its `pretrained_cfg` holds the class names and the preprocessing.
+        path: the file.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    save_config_for_hf(model, path, model_config={"label_names": list(cfg["label_names"])})
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    # timm records every argument, which transformers' wrapper passes on a second time. What a loader must know is the
+    # form: the file is condensed, and a loader without timm's checkpoint filter needs a model of that form.
+    config["model_args"] = {"condensed": True} if learned_layers(model) else {}
+    if cfg["input_size"][0] != 3:
+        config["model_args"]["in_chans"] = cfg["input_size"][0]
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2) + "\n")

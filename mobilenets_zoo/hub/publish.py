@@ -13,15 +13,14 @@ import timm
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi
-from timm.models._hub import save_config_for_hf
 
 from mobilenets_zoo import pretrained
 from mobilenets_zoo.files import atomic_write
 from mobilenets_zoo.hub.model_card import model_card
 from mobilenets_zoo.lgc.condense import check_equivalent, learned_layers
-from mobilenets_zoo.pretrained import HUB_FILENAME, WeightEntry, is_default
+from mobilenets_zoo.pretrained import HUB_FILENAME, WeightEntry, is_default, write_config
 
-__all__ = ["PublishError", "build_folder", "in_publishing_order", "publish", "write_config"]
+__all__ = ["PublishError", "build_folder", "in_publishing_order", "publish"]
 
 DEFAULT_NAMESPACE = "mobilenets-zoo"
 
@@ -125,26 +124,6 @@ def record_revision(entry: WeightEntry, revision: str) -> None:
         with atomic_write(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(rows, indent=2) + "\n")
     pretrained.manifest.cache_clear()
-
-
-def write_config(model: torch.nn.Module, path: Path) -> None:
-    """Writes the config.json that makes a folder with model.safetensors loadable: `timm.create_model("local-dir:DIR")`.
-
-    Args:
-        model: a network of the zoo, with the classes, mean and deviation of its `pretrained_cfg`.
-        path: the file.
-    """
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    save_config_for_hf(model, path, model_config={"label_names": list(cfg["label_names"])})
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # timm records every argument, which transformers' wrapper passes on a second time. What a loader must know is the
-    # form: the file is condensed, and a loader without timm's checkpoint filter needs a model of that form.
-    channels = cfg["input_size"][0]
-    config["model_args"] = {"condensed": True} if learned_layers(model) else {}
-    config["model_args"] |= {"in_chans": channels} if channels != 3 else {}
-    if not config["model_args"]:
-        del config["model_args"]
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_folder(folder: Path, reference: torch.nn.Module) -> None:
