@@ -71,10 +71,8 @@ def finetune(
 
     A checkpoint follows each epoch. KeyboardInterrupt ends the training, and what was learned so far is written.
 
-    Args:
-        name: what `timm.create_model` takes.
-        source: the images, see `read_data`.
-        out: folder to write; new or empty, unless `force` (replace what a run left there) or `resume` (go on with it).
+    `name` is what `timm.create_model` takes, `source` what `read_data` takes. `out` must be new or empty, unless
+    `force` (replace what an earlier run wrote) or `resume` (go on with an interrupted one).
 
     Returns:
         What result.json holds; `finished` is False after an interruption.
@@ -139,12 +137,7 @@ def finetune(
 
 
 def create(name: str, settings: Settings) -> nn.Module:
-    """Returns the network to start from, still with its own classes.
-
-    Raises:
-        ValueError: it doesn't take colour images.
-        RuntimeError: no such network, or weights that are missing or altered.
-    """
+    """Returns the network to start from, still with its own classes; ValueError where it doesn't take colour images."""
     torch.manual_seed(settings.seed)
     model = timm.create_model(name, pretrained=not settings.scratch, drop_rate=0.1)
     channels, *size = model.pretrained_cfg["input_size"]
@@ -160,11 +153,9 @@ def create(name: str, settings: Settings) -> nn.Module:
 def read_data(source: str, model: nn.Module, track: Callable[[Any], Iterable[Any]] = iter) -> tuple[ImageSet, ImageSet]:
     """Reads images to train and to measure with, resized and cropped as the model's configuration says.
 
-    Args:
-        source: a folder of images per class, with train/ and test/ or val/ above them or not, or a folder of Parquet
-            files for `mz.data.load_images`. Without test images a fifth of each class is held out, always the same.
-        model: its `pretrained_cfg` counts.
-        track: wraps what is read, to show progress.
+    `source` is a folder of images per class, with train/ and test/ or val/ above them or not, or a folder of Parquet
+    files as `mz.data.load_images` reads them. Without test images a fifth of each class is held out, always the same.
+    `track` wraps what is read, to show progress.
 
     Returns:
         Training and test images, uint8 (N, height, width, 3).
@@ -258,11 +249,7 @@ class _Run:
         self.average.set(self.model)
 
     def epoch(self, progress: Progress, checked: ImageSet) -> None:
-        """Trains for an epoch, measures and writes a checkpoint; order and views follow from seed and epoch.
-
-        Raises:
-            ValueError: the loss diverges.
-        """
+        """Trains for an epoch, measures and writes a checkpoint; order and views follow from seed and epoch."""
         number, epochs = len(self.history), self.settings.epochs
         torch.manual_seed(1000 * self.settings.seed + number)
         batches = torch.randperm(len(self.labels)).split(self.settings.batch_size)
@@ -298,11 +285,7 @@ class _Run:
             torch.save({"key": self.key, "history": self.history, **parts}, file)
 
     def resume(self) -> None:
-        """Takes up the checkpoint.
-
-        Raises:
-            ValueError: there is none, or it is of a run with another network, other settings or images.
-        """
+        """Takes up the checkpoint, if it is of the same network, settings and images."""
         if not self.checkpoint.is_file():
             raise ValueError(f"{self.checkpoint}: there is no such checkpoint to go on from; leave --resume out")
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
