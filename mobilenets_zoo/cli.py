@@ -1,7 +1,8 @@
-"""The command line: `mobilenets-zoo list | info | predict | evaluate | export`."""
+"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | finetune`."""
 
 import importlib.util
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -259,6 +260,45 @@ def export(
     except (ImportError, ValueError) as error:
         raise InputError(str(error)) from error
     click.echo("\n".join(lines))
+
+
+@cli.command()
+@click.argument("name")
+@click.option(
+    "--data", required=True, help="Folder of images per class (below train and test or not), or Parquet folder."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for weights and results.")
+@click.option("--epochs", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(2))
+@click.option("--lr", default=1e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--layer-decay", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--size", type=click.IntRange(8, 1024), help="Side of the input in pixels, by default the model's.")
+@click.option("--flip/--no-flip", default=True, help="Show mirrored images, too; not for digits and text.")
+@click.option("--freeze", is_flag=True, help="Fit the classifier alone.")
+@click.option("--scratch", is_flag=True, help="Start from random weights, to compare.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--force", is_flag=True, help="Replace what an earlier run wrote to --out.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: bool, **settings: Any) -> None:
+    """Fine-tune a model on images of your own."""
+    from mobilenets_zoo import finetuning
+
+    _check_name(name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
+    try:
+        with progress_bar() as progress:
+            chosen = finetuning.Settings(**settings)
+            result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        raise InputError(str(error)) from error
+    if not result["finished"]:
+        click.echo(f"{out}: stopped after {len(result['history'])} of {chosen.epochs} epochs; go on with --resume")
+        sys.exit(130)
+    scores = result["evaluation"]
+    click.echo(
+        f"{out}: top-1 {scores['top1']:.1f} % of {scores['images']:,} held-out images, {result['seconds']:.0f} s"
+    )
 
 
 def _read_image(source: str) -> Any:

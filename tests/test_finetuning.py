@@ -1,127 +1,224 @@
-"""Fine-tuning: data sets, what is trained, what is written, what bad input says."""
+"""Fine-tuning: what is read, what is trained, what is written, how a run ends and goes on."""
 
+import io
 import json
+import signal
+import subprocess
+import sys
+import time
 
-import finetune
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from PIL import Image
+from rich.progress import Progress
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
 
 import mobilenets_zoo as mz
+from mobilenets_zoo import finetuning
+from mobilenets_zoo.finetuning import Settings
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
+W025, LGC = "mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"
 
 
-def make_folder(path, classes=("blue", "red"), count=6, size=(20, 30)):
-    generator = np.random.default_rng(0)
-    for label, name in enumerate(classes):
+def picture(label, seed, size=(20, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 60, (*size, 3), dtype=np.uint8)
+    pixels[..., 2 if label == 0 else 0] += 150
+    return Image.fromarray(pixels)
+
+
+def make_folder(path, count=6):
+    for label, name in enumerate(("blue", "red")):
         (path / name).mkdir(parents=True)
         for i in range(count):
-            pixels = generator.integers(0, 60, (*size, 3), dtype=np.uint8)
-            pixels[..., 2 if label == 0 else 0] += 150
-            Image.fromarray(pixels).save(path / name / f"{i}.png")
-    return path
+            picture(label, i).save(path / name / f"{i}.png")
 
 
-def arguments(*args: object):
-    return finetune.parse([*map(str, args)])
+@pytest.fixture
+def folder(tmp_path):
+    make_folder(tmp_path / "images")
+    return tmp_path / "images"
 
 
-@pytest.mark.parametrize(("name", "channels", "classes", "size"), [("digits", 1, 10, 16), ("faces", 1, 2, 24)])
-def test_packaged_data_sets(name, channels, classes, size):
-    data = getattr(finetune, name)(None)
-    assert data.train.images.shape[1:] == (size, size, channels)
-    assert len(data.train.classes) == classes
-    assert data.train.images.dtype == np.uint8
-    assert data.train.images.max() > 240
-    everything = np.concatenate([data.train.images, data.test.images])
-    assert len(everything) == {"digits": 1797, "faces": 200}[name]
-    assert np.bincount(data.test.labels).min() >= 0.15 * len(everything) / classes
+@pytest.fixture
+def without_onnx(monkeypatch):
+    """Exporting takes seconds: one test does it, the others find what a user without the package onnx finds."""
+
+    def missing(*args, **kwargs):
+        raise ImportError("onnx is missing")
+
+    monkeypatch.setattr(mz, "export_onnx", missing)
 
 
-def test_fine_tuning_on_a_folder(tmp_path, capsys):
-    images = make_folder(tmp_path / "images")
+def finetune(folder, out, name=W025, progress=None, resume=False, **settings):
+    with progress or Progress(disable=True) as shown:
+        return finetuning.finetune(name, str(folder), out, Settings(**settings), shown, resume=resume)
+
+
+def test_the_command_writes_what_the_library_reads(folder, tmp_path, run):
     out = tmp_path / "out"
-    command = ["mobilenetv1_w025_cifar100", "--data", images, "--out", out, "--epochs", 12, "--batch-size", 5]
-    assert finetune.main([*map(str, command)]) == 0
-    assert "top-1" in capsys.readouterr().out
+    code, text, err = run("finetune", W025, "--data", folder, "--out", out, "--epochs", 2, "--batch-size", 5)
+    assert code == 0, err
+    assert "top-1 100.0 % of 2 held-out images" in text
+    assert "epoch 2/2: loss" in err
     result = json.loads((out / "result.json").read_text())
-    assert result["classes"] == 2
-    assert result["train_images"] == 10
-    assert result["training_losses"][-1] < result["training_losses"][0]
-    classifier = mz.OnnxClassifier(out / "model.onnx")
-    assert classifier.metadata["class_names"] == ["blue", "red"]
-    data = finetune.folder(images, None, grey=False)
-    predicted = classifier(data.train.images).argmax(1)
-    assert (predicted == data.train.labels).mean() > 0.8
-    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()  # with the data's classes, mean and deviation
-    cfg = again.pretrained_cfg
-    assert list(cfg["label_names"]) == ["blue", "red"]
-    assert list(cfg["mean"]) == pytest.approx(classifier.metadata["mean"])
-    pixels = mz.evaluation.preprocess(torch.from_numpy(data.train.images), cfg["mean"], cfg["std"])
-    assert again(pixels).argmax(1).tolist() == predicted.tolist()
+    assert (result["train_images"], result["finished"], len(result["history"])) == (10, True, 2)
+    assert not (out / "checkpoint.pt").exists()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert list(model.pretrained_cfg["label_names"]) == ["blue", "red"]
+    image = picture(1, 99, (32, 32))
+    probabilities = model(create_transform(**resolve_model_data_config(model))(image)[None]).softmax(1)
+    onnx = mz.OnnxClassifier(out / "model.onnx")
+    assert onnx(np.asarray(image)[None]) == pytest.approx(probabilities.detach().numpy(), abs=1e-4)
+    assert probabilities.argmax() == 1
 
 
-def test_train_and_test_folders(tmp_path):
-    make_folder(tmp_path / "train", count=4)
-    make_folder(tmp_path / "test", count=3)
-    data = finetune.folder(tmp_path, 16, grey=True)
-    assert data.train.images.shape == (8, 16, 16, 1)
-    assert data.test.images.shape == (6, 16, 16, 1)
+def test_a_fine_tuned_network_is_tuned_again_forced_and_without_onnx(folder, tmp_path, run, without_onnx):
+    out = tmp_path / "out"
+    finetune(folder, out, LGC, freeze=True)
+    command = ["finetune", f"local-dir:{out}", "--data", folder, "--out", out, "--freeze", "--size", 24]
+    assert run(*command)[0] == 2
+    code, _, err = run(*command, "--force")
+    assert code == 0
+    assert "model.onnx isn't written: onnx is missing" in err
+    assert list(timm.create_model(f"local-dir:{out}").pretrained_cfg["input_size"]) == [3, 24, 24]
+    (folder / "red" / "0.png").write_bytes(b"nothing")
+    code, _, err = run(*command, "--force")
+    assert code == 2
+    assert "0.png: not a readable image" in err
+    assert (out / "model.safetensors").exists()
 
 
-def tiny(data, count=24):
-    part = mz.data.ImageSet(data.train.images[:count], data.train.labels[:count], data.train.classes)
-    return finetune.DataSet(part, part, data.flip)
+def test_photos_reach_the_network_as_everywhere_else(tmp_path):
+    """Photos of 2:1 that are stored lying on their side, and a grey one of 16 bits."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            picture(i, i, (100, 50)).save(tmp_path / name / f"{i}.jpg", exif=exif)
+    grey = np.linspace(0, 65535, 60 * 40).reshape(60, 40).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "b" / "grey.png")
+    model = finetuning.create(W025, Settings(size=24)).eval()
+    train, test = finetuning.read_data(str(tmp_path), model)
+    transform = create_transform(**resolve_model_data_config(model))
+    expected = torch.stack([transform(mz.data.read_image(f.read_bytes(), "")) for f in tmp_path.glob("?/*")])
+    cfg, images = model.pretrained_cfg, torch.from_numpy(np.concatenate([train.images, test.images]))
+    with torch.no_grad():
+        logits, seen = model(expected), model(mz.evaluation.preprocess(images, cfg["mean"], cfg["std"]))
+    assert seen.shape == (5, 100)
+    assert torch.allclose(seen[seen[:, 0].argsort()], logits[logits[:, 0].argsort()], atol=1e-4)
 
 
-@pytest.mark.parametrize("learn", [False, True])
-def test_masks_are_kept_or_learned_anew(learn):
-    data = tiny(finetune.digits(None))
-    model = finetune.create("mobilenetv2_lgc_cifar100", data, pretrained=False, learn_masks=learn)
-    layers = [m for m in model.modules() if isinstance(m, mz.LearnedGroupConv2d)]
-    if not learn:
-        for layer in layers:
-            layer.prune_(layer.in_channels // 4)
-    before = [layer.mask.clone() for layer in layers]
-    args = arguments("mobilenetv2_lgc_cifar100", "--data", "digits", "--epochs", 2, "--scratch", "--batch-size", 12)
-    with finetune.Progress(disable=True) as progress:
-        finetune.finetune(model, data, args, progress)
-    kept = all(torch.equal(a, layer.mask) for a, layer in zip(before, layers, strict=True))
-    assert kept != learn
-    mz.check_equivalent(model.eval(), mz.condense(model).eval(), torch.randn(2, 1, 16, 16))
+@pytest.mark.parametrize("parts", [("",), ("train",), ("train", "test"), ("train", "val")])
+def test_layouts_of_folders(tmp_path, parts):
+    for part in parts:
+        make_folder(tmp_path / part, 3 if part in ("test", "val") else 5)
+    train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True)))
+    assert (len(train), len(test)) == ((10, 6) if len(parts) == 2 else (8, 2))
+    assert set(test.labels) == {0, 1}
 
 
-def test_a_frozen_trunk_stays_as_it_is():
-    data = tiny(finetune.faces(None))
-    model = finetune.create("mobilenetv1_w025_cifar100", data, pretrained=True, learn_masks=False)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    args = arguments("mobilenetv1_w025_cifar100", "--data", "faces", "--epochs", 1, "--freeze")
-    with finetune.Progress(disable=True) as progress:
-        finetune.finetune(model, data, args, progress)
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {"classifier.weight", "classifier.bias"}
+@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
+def test_parquet(tmp_path, splits):
+    for split in splits:
+        rows = []
+        for i in range(10):
+            content = io.BytesIO()
+            picture(i % 2, i, (32, 32)).save(content, "PNG")
+            rows.append({"bytes": content.getvalue(), "path": ""})
+        pq.write_table(pa.table({"img": rows, "label": [0, 1] * 5}), tmp_path / f"{split}-0.parquet")
+    train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
+    assert (len(train), len(test)) == ((10, 10) if len(splits) == 2 else (8, 2))
+    assert train.images.shape[1:] == (16, 16, 3)
+
+
+def test_a_frozen_trunk_stays_as_it_is(folder, tmp_path, without_onnx):
+    finetune(folder, tmp_path / "out", freeze=True)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    mz.save_weights(finetuning.create(W025, Settings()), tmp_path / "start.safetensors")
+    start = load_file(tmp_path / "start.safetensors")
+    assert {key for key in start if not torch.equal(start[key], stored[key])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+@pytest.mark.parametrize("scratch", [False, True])
+def test_masks_are_finished_and_kept(folder, tmp_path, scratch, without_onnx):
+    finetune(folder, tmp_path / "out", LGC, epochs=1, scratch=scratch, size=16)
+    start = finetuning.create(LGC, Settings(scratch=scratch))
+    tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, condensed=False)
+    for before, after in zip(mz.learned_layers(start).values(), mz.learned_layers(tuned).values(), strict=True):
+        assert torch.equal(before.mask, after.mask)
+
+
+class Interrupting(Progress):
+    """Presses Ctrl-C in the second epoch."""
+
+    def update(self, task, *, description=None, **kwargs):
+        super().update(task, description=description, **kwargs)
+        if description and description.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+
+def test_interrupted_and_resumed_is_as_if_never_interrupted(folder, tmp_path, without_onnx):
+    settings = dict(epochs=3, batch_size=4)
+    finetune(folder, tmp_path / "whole", **settings)
+    out = tmp_path / "out"
+    stopped = finetune(folder, out, progress=Interrupting(disable=True), **settings)
+    assert (stopped["finished"], len(stopped["history"])) == (False, 1)
+    timm.create_model(f"local-dir:{out}", pretrained=True)
+    with pytest.raises(ValueError, match="a run with other settings"):
+        finetune(folder, out, resume=True, **settings, lr=0.01)
+    picture(0, 77).save(folder / "red" / "more.png")
+    with pytest.raises(ValueError, match="a run with other images"):
+        finetune(folder, out, resume=True, **settings)
+    (folder / "red" / "more.png").unlink()
+    assert finetune(folder, out, resume=True, **settings)["finished"]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_sigterm_saves_what_was_learned(folder, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from mobilenets_zoo.cli import main; main()", "finetune", W025]
+    command += ["--data", str(folder), "--out", str(out), "--epochs", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 130
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "config.json", "model.safetensors", "result.json"}
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "message"),
+    ("options", "message"),
     [
-        ("nonsense", "digits", "there is no model"),
-        ("mobilenetv1_w025_cifar100", "no/such", "no such folder"),
-        ("mobilenetv1_w025_cifar100", ".", "two classes or more"),
+        (["--data", "no/such"], "no/such"),
+        (["--data", "images/red"], "folder of images for each class"),
+        (["--out", "images/out"], "lies in the folder of the images"),
+        (["--out", "full"], "full exists; choose another folder"),
+        (["--out", "full", "--resume"], "no such checkpoint"),
+        (["--epochs", "0"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--size", "0"], "--size"),
+        (["--device", "meta"], "meta"),
+        (["--lr", "1e6"], "the loss diverges"),
     ],
 )
-def test_bad_input_is_one_line(model, data, message, tmp_path, monkeypatch, capfd):
+def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert finetune.main([model, "--data", data]) == 2
-    assert message in capfd.readouterr().err.splitlines()[-1]
-
-
-def test_a_broken_image_is_named(tmp_path):
-    images = make_folder(tmp_path)
-    (images / "red" / "0.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"red/0\.png: not a readable image"):
-        finetune.folder(images, None, False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    code, out, err = run("finetune", W025, "--data", "images", "--out", "out", *options)
+    assert code == 2
+    assert not out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"

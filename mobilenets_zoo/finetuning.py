@@ -1,0 +1,296 @@
+"""Fine-tuning a network on images of one's own: `mobilenets-zoo finetune`.
+
+The classifier comes first, fitted to the features of the pretrained network; then all layers train, with smaller steps
+the nearer they are to the input. What is kept is a moving average of the weights.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from rich.progress import Progress
+from timm.data import create_transform, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.data import ImageSet
+from mobilenets_zoo.evaluation import evaluate, preprocess
+from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.normalisation import normalise_
+from mobilenets_zoo.pretrained import write_config
+
+__all__ = ["Settings", "create", "finetune", "read_data"]
+
+FILES = ("model.safetensors", "config.json", "model.onnx", "result.json", "checkpoint.pt")
+# After each epoch the accuracy is measured on so many of the test images; at the end on all of them.
+CHECKED_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result besides network and images."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 1e-3  # AdamW's peak learning rate, that of the classifier
+    layer_decay: float = 0.9  # factor on the learning rate from each layer to the one before it
+    size: Optional[int] = None  # side of the square input in pixels; by default the network's own
+    flip: bool = True  # show mirrored images, too
+    freeze: bool = False  # fit the classifier alone
+    scratch: bool = False  # start from random weights
+    seed: int = 0  # of initial weights, order and views
+
+
+def finetune(
+    name: str,
+    source: str,
+    out: Path,
+    settings: Settings,
+    progress: Progress,
+    device: str = "cpu",
+    force: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Fine-tunes a network and writes weights, configuration, ONNX file (where onnx is installed) and result.
+
+    A checkpoint follows each epoch. KeyboardInterrupt ends the training, and what was learned so far is written.
+
+    `name` is what `timm.create_model` takes, `source` what `read_data` takes. `out` must be new or empty, unless
+    `force` (replace what an earlier run wrote) or `resume` (go on with an interrupted one).
+
+    Returns:
+        What result.json holds; `finished` is False after an interruption.
+
+    Raises:
+        ValueError: bad input, or a loss that diverges.
+        RuntimeError: no such network or device, or weights that are missing or altered.
+        OSError: a file can't be read or written.
+    """
+    if out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{out} lies in the folder of the images; choose another one for --out")
+    if out.exists() and not (force or resume) and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; choose another folder, --resume an interrupted run there, or --force")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.ones(1, device=device).cpu()  # raises where there is no such device
+
+    start = time.perf_counter()
+    model = create(name, settings)
+    train_set, test_set = read_data(source, model, partial(progress.track, description="read images"))
+    model.reset_classifier(len(train_set.classes))
+    model.pretrained_cfg.update(num_classes=len(train_set.classes), label_names=train_set.classes)
+    key = {"network": name, "settings": asdict(settings), "images": [train_set.sha256(), test_set.sha256()]}
+    run = _Run(model.to(device, memory_format=torch.channels_last), train_set, settings, out / "checkpoint.pt", key)
+    if resume:
+        run.resume()
+    else:
+        for file in FILES:
+            (out / file).unlink(missing_ok=True)
+        if settings.freeze or not settings.scratch:
+            run.fit_classifier()
+    checked = test_set.subset(np.random.default_rng(0).permutation(len(test_set))[:CHECKED_IMAGES])
+    epochs = 0 if settings.freeze else settings.epochs
+    with contextlib.suppress(KeyboardInterrupt):
+        while len(run.history) < epochs:
+            run.epoch(progress, checked)
+    result = {
+        "model": name,
+        "data": Path(source).name,
+        "train_images": len(train_set),
+        "classes": len(train_set.classes),
+        **asdict(settings),
+        "size": train_set.images.shape[1],
+        "finished": len(run.history) == epochs,
+        "history": run.history,
+    }
+    mz.save_weights(run.average.module, out / "model.safetensors")
+    write_config(run.average.module, out / "config.json")
+    if result["finished"]:  # what is measured is what was stored
+        stored = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        task = progress.add_task("measure", total=len(test_set))
+        scores = evaluate(stored, test_set, on_progress=lambda done: progress.update(task, completed=done))
+        result |= {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
+        try:
+            mz.export_onnx(mz.optimize_for_inference(stored), out / "model.onnx", preprocessing=True)
+        except ImportError as error:
+            progress.console.print(f"model.onnx isn't written: {error}", highlight=False)
+    with atomic_write(out / "result.json", "w", encoding="utf-8") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+    if result["finished"]:
+        run.checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def create(name: str, settings: Settings) -> nn.Module:
+    """Returns the network to start from, still with its own classes; ValueError where it doesn't take colour images."""
+    torch.manual_seed(settings.seed)
+    model = timm.create_model(name, pretrained=not settings.scratch, drop_rate=0.1)
+    channels, *size = model.pretrained_cfg["input_size"]
+    if channels != 3:
+        raise ValueError(f"{name} takes images of {channels} channel(s); give a network for colour images")
+    size = [settings.size, settings.size] if settings.size else size
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, *size), tag="finetuned")
+    for layer in mz.learned_layers(model).values():  # a finished mask stays as it is
+        layer.prune_(layer.in_channels // layer.condense_factor)
+    return model if settings.scratch else normalise_(model)
+
+
+def read_data(source: str, model: nn.Module, track: Callable[[Any], Iterable[Any]] = iter) -> tuple[ImageSet, ImageSet]:
+    """Reads images to train and to measure with, resized and cropped as the model's configuration says.
+
+    `source` is a folder of images per class, with train/ and test/ or val/ above them or not, or a folder of Parquet
+    files as `mz.data.load_images` reads them. Without test images a fifth of each class is held out, always the same.
+    `track` wraps what is read, to show progress.
+
+    Returns:
+        Training and test images, uint8 (N, height, width, 3).
+
+    Raises:
+        ValueError: no such data, too few classes or images, or an image that can't be read.
+    """
+    geometry = create_transform(**resolve_model_data_config(model), normalize=False)
+    root, sets = Path(source), []
+
+    def add(images: Iterable[Image.Image], labels: Any, classes: Iterable[str]) -> None:
+        pixels = [geometry(image).permute(1, 2, 0).numpy() for image in images]
+        sets.append(ImageSet(np.stack(pixels), np.asarray(labels), tuple(classes)))
+
+    names = {path.name for path in root.glob("*") if path.is_dir()}
+    if parquet := [split for split in ("train", "test") if any(root.rglob(f"{split}-*.parquet"))]:
+        for split in parquet:
+            data = mz.data.load_images(source, split)
+            add(map(Image.fromarray, track(data.images)), data.labels, data.classes)
+    else:
+        divided = "train" in names and names <= {"train", "test", "val"}
+        for part in [part for part in ("train", "test", "val") if part in names][:2] if divided else [""]:
+            try:
+                folder = ImageFolder(str(root / part))
+            except FileNotFoundError as error:
+                raise ValueError(f"{error}; give a folder with a folder of images for each class") from error
+            add(
+                (mz.data.read_image(Path(path).read_bytes(), path) for path, _ in track(folder.samples)),
+                folder.targets,
+                folder.classes,
+            )
+    if len(sets) == 1:
+        random, labels = np.random.default_rng(0), sets[0].labels
+        members = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+        held = np.concatenate([positions[: max(1, len(positions) // 5)] for positions in members])
+        sets = [sets[0].subset(np.setdiff1d(np.arange(len(labels)), held)), sets[0].subset(held)]
+    train_set, test_set = sets
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"{source}: training images are of {train_set.classes}, test images of {test_set.classes}")
+    if not 1 < len(train_set.classes) == len(np.unique(train_set.labels)):
+        raise ValueError(f"{source}: at least two classes with two images each are needed")
+    return train_set, test_set
+
+
+class _Run:
+    """A network, with the data's classes, in training."""
+
+    def __init__(self, model: nn.Module, images: ImageSet, settings: Settings, checkpoint: Path, key: dict[str, Any]):
+        self.model, self.settings, self.checkpoint, self.key = model, settings, checkpoint, key
+        self.device = next(model.parameters()).device
+        self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2)
+        self.labels = torch.from_numpy(images.labels).to(self.device)
+        self.optimizer = create_optimizer_v2(
+            model, "adamw", lr=settings.lr, weight_decay=0.05, layer_decay=settings.layer_decay
+        )
+        self.average = ModelEmaV3(model, decay=0.99, use_warmup=True, warmup_power=0.75)
+        self.history: list[dict[str, float]] = []  # of the finished epochs
+        side = self.images.shape[2:]
+        flip = v2.RandomHorizontalFlip(0.5 if settings.flip else 0.0)
+        self.view = v2.Compose([v2.RandomCrop(side, padding=max(1, side[0] // 8)), flip])
+
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps uint8 (N, 3, H, W) to what the network takes."""
+        cfg: Any = self.model.pretrained_cfg
+        return preprocess(images.permute(0, 2, 3, 1).to(self.device), cfg["mean"], cfg["std"])
+
+    def fit_classifier(self) -> None:
+        """Fits the classifier to the network's features: logistic regression with a quadratic penalty."""
+        self.model.eval()
+        with torch.no_grad():
+            maps = (self.model.forward_features(self.inputs(batch)) for batch in self.images.split(100))
+            features = torch.cat([self.model.forward_head(batch, pre_logits=True) for batch in maps])
+            mean, scale = features.mean(0), features.std(0)
+            scale += 0.01 * scale.max()
+        features = (features - mean) / scale
+        linear = self.model.get_classifier()
+        weight, bias = (torch.zeros_like(parameter, requires_grad=True) for parameter in linear.parameters())
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(features, weight, bias), self.labels)
+            loss += 50 / len(features) * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            linear.weight.copy_(weight / scale)
+            linear.bias.copy_(bias - linear.weight @ mean)
+        self.average.set(self.model)
+
+    def epoch(self, progress: Progress, checked: ImageSet) -> None:
+        """Trains for an epoch, measures and writes a checkpoint; order and views follow from seed and epoch."""
+        number, epochs = len(self.history), self.settings.epochs
+        torch.manual_seed(1000 * self.settings.seed + number)
+        batches = torch.randperm(len(self.labels)).split(self.settings.batch_size)
+        steps = len(batches)
+        scheduler = CosineLRScheduler(
+            self.optimizer, steps * epochs, warmup_t=min(steps, steps * epochs // 5), t_in_epochs=False
+        )
+        task = progress.add_task("", total=steps)
+        self.model.train()
+        seen = loss_sum = correct = 0.0
+        for step, chosen in enumerate(batches, start=number * steps):
+            scheduler.step_update(step)
+            labels = self.labels[chosen.to(self.device)]
+            logits = self.model(self.inputs(torch.stack([self.view(image) for image in self.images[chosen]])))
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.average.update(self.model, step + 1)
+            seen += len(chosen)
+            loss_sum += loss.item() * len(chosen)
+            correct += (logits.argmax(1) == labels).sum().item()
+            text = f"epoch {number + 1}/{epochs}: loss {loss_sum / seen:.3f}, accuracy {100 * correct / seen:.1f} %"
+            progress.update(task, advance=1, description=text)
+            if not loss_sum / seen < 10 * math.log(logits.shape[1]):  # ten times that of a guess; catches NaN, too
+                raise ValueError(f"the loss diverges ({text}); lower --lr")
+        held_out = evaluate(self.average.module, checked).top1
+        progress.remove_task(task)
+        progress.console.print(f"{text}, held-out images {held_out:.1f} %", highlight=False)
+        self.history.append({"loss": loss_sum / seen, "accuracy": 100 * correct / seen, "held_out": held_out})
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        with atomic_write(self.checkpoint) as file:
+            torch.save({"key": self.key, "history": self.history, **parts}, file)
+
+    def resume(self) -> None:
+        """Takes up the checkpoint, if it is of the same network, settings and images."""
+        if not self.checkpoint.is_file():
+            raise ValueError(f"{self.checkpoint}: there is no such checkpoint to go on from; leave --resume out")
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if different := [name for name in self.key if state["key"][name] != self.key[name]]:
+            raise ValueError(f"{self.checkpoint} is of a run with other {' and '.join(different)}; give the same")
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.history = state["history"]
