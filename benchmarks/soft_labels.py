@@ -39,10 +39,6 @@ class Teacher:
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{file} can't be loaded into {recipe.model}: {error}") from error
         self.model: nn.Module = model.eval().to(device).to(memory_format=torch.channels_last)
-        if device.type == "cuda":
-            from training.fused_layers import fuse_layers  # imports triton
-
-            fuse_layers(self.model)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

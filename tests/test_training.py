@@ -28,6 +28,7 @@ from conftest import ROOT
 from PIL import Image
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box
+from training.compiled_layers import batch_norm_act, compile_layers, depthwise_conv3x3
 from training.recipe import RUNS, Recipe, load_recipe
 from training.soft_labels import SoftLabels, pack
 from training.student import Student
@@ -513,49 +514,46 @@ def test_cutmix_mixes_targets_by_area(tmp_path, data, labelled):
 # The layers that train on a GPU
 
 
-FUSED = """
-import copy, mobilenets_zoo, timm, torch
-from torch.nn import functional as F
-from training.fused_layers import batch_norm_act, depthwise_conv3x3, fuse_layers
-
-torch.manual_seed(0)
-for channels, size, count in ((24, 7, 3), (144, 4, 2), (100, 5, 2)):
-    x = (torch.randn(count, channels, size, size) * 2 + 0.5).to(memory_format=torch.channels_last).requires_grad_()
-    grad = torch.randn(count, channels, size, size)
-    weight, bias = (torch.rand(channels) + 0.5).requires_grad_(), torch.randn(channels).requires_grad_()
-    for relu6 in (True, False):
-        ours, theirs = ([torch.zeros(channels), torch.ones(channels)] for _ in range(2))
-        y = batch_norm_act(x, weight, bias, *ours, 0.1, 1e-5, relu6)
-        z = F.batch_norm(x, *theirs, weight, bias, True, 0.1, 1e-5)
-        z = F.relu6(z) if relu6 else z
-        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours, theirs)
-        for a, b in zip(*(torch.autograd.grad(out, (x, weight, bias), grad) for out in (y, z))):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    kernel = torch.randn(channels, 1, 3, 3, requires_grad=True)
-    y, z = depthwise_conv3x3(x, kernel), F.conv2d(x, kernel, padding=1, groups=channels)
-    torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
-    for a, b in zip(*(torch.autograd.grad(out, (x, kernel), grad) for out in (y, z))):
+def agree(actual: torch.Tensor, expected: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Compares two outputs and their gradients."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, grad) for out in (actual, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-plain = timm.create_model("mobilenetv2_lgc_gc_cifar100", width_mult=0.25, num_classes=10).train()
-fused = fuse_layers(copy.deepcopy(plain))
-assert list(fused.state_dict()) == list(plain.state_dict())
-x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-for _ in ("training", "inference"):
-    a, b = plain(x), fused(x)
-    assert (a - b).abs().max() <= 1e-4 * a.abs().max()
-    plain.eval(), fused.eval()
-"""
+
+@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
+def test_compiled_layers_agree_with_pytorch(stance):
+    """Several sizes and numbers of channels; the slow one compiles, for a CPU, what is compiled for a GPU in training."""
+    torch.manual_seed(0)
+    with torch.compiler.set_stance(stance):
+        check_compiled_layers()
 
 
-def test_fused_layers_agree_with_pytorch():
-    """By Triton's interpreter on the CPU, in a process of its own: Triton decides at import whether it interprets."""
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
-    result = subprocess.run([sys.executable, "-c", FUSED], env=env, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr[-3000:]
+def check_compiled_layers() -> None:
+    for channels, size, count in ((24, 7, 3), (144, 4, 2), (100, 5, 2)):
+        x = (torch.randn(count, channels, size, size) * 2 + 0.5).to(memory_format=torch.channels_last).requires_grad_()
+        weight, bias = (torch.rand(channels) + 0.5).requires_grad_(), torch.randn(channels).requires_grad_()
+        for relu6 in (True, False):
+            ours, theirs = ([torch.zeros(channels), torch.ones(channels)] for _ in range(2))
+            expected = F.batch_norm(x, *theirs, weight, bias, True, 0.1, 1e-5)
+            expected = F.relu6(expected) if relu6 else expected
+            agree(batch_norm_act(x, weight, bias, *ours, 0.1, 1e-5, relu6), expected, (x, weight, bias))
+            torch.testing.assert_close(ours, theirs)
+        kernel = torch.randn(channels, 1, 3, 3, requires_grad=True)
+        agree(depthwise_conv3x3(x, kernel), F.conv2d(x, kernel, padding=1, groups=channels), (x, kernel))
+
+
+def test_networks_with_compiled_layers_are_the_same_networks():
+    plain = timm.create_model("mobilenetv2_lgc_gc_cifar100", width_mult=0.25, num_classes=10).train()
+    swapped = compile_layers(copy.deepcopy(plain))
+    assert list(swapped.state_dict()) == list(plain.state_dict())
+    assert sum("forward" in vars(module) for module in swapped.modules()) > 80
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in ("training", "inference"):
+            mz.check_equivalent(plain, swapped, x, tolerance=1e-4)
+            plain.eval(), swapped.eval()
 
 
 # The measured result

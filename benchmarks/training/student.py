@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
+from training.compiled_layers import compile_layers
 from training.initial_weights import start_from
 from training.recipe import Recipe
 
@@ -48,9 +49,7 @@ class Student:
         # Only these take part in a CUDA graph: their learning rate is a tensor that a step reads.
         self.capturable = device.type == "cuda" and recipe.optimizer in ("nmuon", "adamw")
         if device.type == "cuda":
-            from training.fused_layers import fuse_layers  # imports triton
-
-            fuse_layers(self.model)
+            compile_layers(self.model)
         if self.capturable:
             arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
         self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
