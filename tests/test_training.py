@@ -524,7 +524,7 @@ def agree(actual: torch.Tensor, expected: torch.Tensor, inputs: tuple[torch.Tens
 
 @pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
 def test_compiled_layers_agree_with_pytorch(stance):
-    """Several sizes and numbers of channels; the slow one compiles, for a CPU, what is compiled for a GPU in training."""
+    """Several sizes and numbers of channels; the slow one compiles them, for a CPU."""
     torch.manual_seed(0)
     with torch.compiler.set_stance(stance):
         check_compiled_layers()
