@@ -64,7 +64,7 @@ def cli() -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-data_option = dict(help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
+data_option: dict[str, Any] = dict(help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
 
 
 @cli.command("list")
@@ -103,7 +103,7 @@ def info(name: str, as_json: bool) -> None:
         cost = mz.profile(_condensed(model) if mz.learned_layers(model) else model, cfg["input_size"])
         document = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
     else:
-        cfg = timm.get_pretrained_cfg(name).to_dict()  # type: ignore[union-attr]
+        cfg = timm.get_pretrained_cfg(name).to_dict()
         document = summary(name)
     document["input_size"] = list(cfg["input_size"])
     document["mean"], document["std"] = list(cfg["mean"]), list(cfg["std"])
@@ -113,8 +113,9 @@ def info(name: str, as_json: bool) -> None:
         return
     table = Table("", "", show_header=False)
     table.columns[1].overflow = "fold"
-    weights = document.pop("weights") or {}
-    for key, value in {**document, **weights}.items():
+    weights: Any = document.pop("weights") or {}
+    rows: dict[str, Any] = {**document, **weights}
+    for key, value in rows.items():
         if value is None:
             value = MISSING[key]
         elif isinstance(value, list):

@@ -138,10 +138,16 @@ def test_nothing_to_convert():
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 3))
 
 
-def test_a_converted_model_exports(tmp_path):
+@pytest.mark.parametrize("condensed", [False, True])
+def test_an_export_keeps_the_form_and_the_model(condensed, tmp_path):
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    learned, _ = mz.to_learned_group_conv(Everything().eval(), input_size=(8, 9, 7))
-    mz.CondenseSchedule(learned).step(1.0)
-    for form in (learned, mz.condense(learned)):
-        mz.export_onnx(form, tmp_path / "model.onnx", input_size=(8, 9, 7))  # compares the outputs
-        assert mz.OnnxClassifier(tmp_path / "model.onnx").metadata["input_size"] == [8, 9, 7]
+    model, _ = mz.to_learned_group_conv(Everything(), input_size=(8, 9, 7))
+    mz.CondenseSchedule(model).step(1.0)
+    model = (mz.condense(model) if condensed else model).train()
+    before = copy.deepcopy(model.state_dict())
+    mz.export_onnx(model, tmp_path / "model.onnx", input_size=(8, 9, 7))  # compares the outputs
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert operators.count("Gather") == (3 if condensed else 0)  # one of the two layers is used twice
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -40,18 +40,13 @@ def test_condense_copies_and_keeps_flags(training):
     model.blocks[0].eval()
     before = copy.deepcopy(model.state_dict())
     condensed = model.condense()
+    assert mz.check_equivalent(condensed, mz.condense(condensed), torch.randn(2, 3, 32, 32)) == 0
     assert [m.training for m in condensed.modules()] == [m.training for m in model.modules()]
     with torch.no_grad():
         for parameter in condensed.parameters():
             parameter.zero_()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert condensed.pretrained_cfg == model.pretrained_cfg
-
-
-def test_condensing_twice_is_harmless():
-    once = mz.condense(finished("mobilenetv2_lgc_cifar100"))
-    twice = mz.condense(once)
-    assert mz.check_equivalent(once, twice, torch.randn(2, 3, 32, 32)) == 0
 
 
 def test_condense_refuses_unfinished_masks_and_names_the_layer():
@@ -125,12 +120,9 @@ def test_check_equivalent_reports_the_largest_error():
         mz.check_equivalent(a, b, x)
     with pytest.raises(ValueError, match="shapes"):
         mz.check_equivalent(a, nn.Linear(3, 4).double(), x)
-
-
-def test_check_equivalent_leaves_running_statistics_alone():
-    model = nn.Sequential(nn.BatchNorm1d(3)).train()
-    mz.check_equivalent(model, model, torch.randn(8, 3))
-    assert model[0].num_batches_tracked == 0
+    norm = nn.BatchNorm1d(3).double()  # in training
+    mz.check_equivalent(norm, norm, x)
+    assert norm.num_batches_tracked == 0
 
 
 # The schedule
@@ -192,13 +184,6 @@ def test_schedule_rejects_progress_outside_its_range(progress):
         schedule.step(progress)
 
 
-def test_two_models_keep_separate_progress():
-    a, b = (timm.create_model("mobilenetv2_lgc_cifar100") for _ in range(2))
-    mz.CondenseSchedule(a).step(1.0)
-    assert counts(a) == {0.25}
-    assert counts(b) == {1.0}
-
-
 def test_group_lasso_sums_over_layers():
     model = nn.Sequential(mz.LearnedGroupConv2d(16, 8), nn.ReLU(), mz.LearnedGroupConv2d(8, 8))
     torch.testing.assert_close(mz.group_lasso(model), model[0].group_lasso() + model[2].group_lasso())
@@ -207,14 +192,7 @@ def test_group_lasso_sums_over_layers():
 def test_two_processes_learn_identical_masks():
     """Two gloo processes train on different data under DDP and prune; weights, masks and buffers must agree."""
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "distributed_masks.py",
-        ],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distributed_masks.py"],
         cwd=ROOT / "tests",
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

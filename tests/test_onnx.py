@@ -12,6 +12,7 @@ from conftest import ALL_MODELS, with_lively_statistics, with_random_masks
 from torch import nn
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.inference.optimize import FoldedConv2d, OptimizedNetwork
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -45,17 +46,6 @@ def test_the_deployed_form_runs_in_onnx_runtime(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("form", ["masked", "condensed"])
-def test_the_form_is_kept(form, tmp_path):
-    model = lively("mobilenetv2_lgc_cifar100")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    mz.export_onnx(mz.condense(model) if form == "condensed" else model.train(), tmp_path / "model.onnx")
-    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
-    assert operators.count("Gather") == (34 if form == "condensed" else 0)
-    assert model.training == (form == "masked")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
 def test_preprocessing_inside_is_timms_own(tmp_path):
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
@@ -68,17 +58,13 @@ def test_preprocessing_inside_is_timms_own(tmp_path):
         expected = model(torch.stack([transform(Image.fromarray(image)) for image in images])).softmax(1)
     classifier = mz.OnnxClassifier(tmp_path / "model.onnx")
     assert classifier.preprocessing
-    np.testing.assert_allclose(classifier(images), expected, atol=1e-5)
-
-
-def test_metadata(tmp_path):
-    mz.export_onnx(timm.create_model(WEIGHTS, pretrained=True), tmp_path / "model.onnx")
-    metadata = mz.OnnxClassifier(tmp_path / "model.onnx").metadata
+    metadata = classifier.metadata
     assert metadata["class_names"] == list(mz.CIFAR100_CLASSES)
     assert metadata["input_size"] == [3, 32, 32]
-    assert metadata["model"].startswith(WEIGHTS + ".")
+    assert metadata["model"] == mz.pretrained.default_entry(WEIGHTS).name
     assert metadata["version"] == mz.__version__
     assert len(metadata["mean"]) == len(metadata["std"]) == 3
+    np.testing.assert_allclose(classifier(images), expected, atol=1e-5)
 
 
 def test_other_heads_channels_and_sizes(tmp_path):
@@ -89,20 +75,18 @@ def test_other_heads_channels_and_sizes(tmp_path):
     assert mz.OnnxClassifier(tmp_path / "model.onnx")(images).shape == (2, 7)
 
 
-@pytest.mark.parametrize("preprocessing", [False, True])
-def test_int8_chain_has_no_gap(preprocessing, tmp_path):
+def test_int8_chain_has_no_gap(tmp_path):
     torch.manual_seed(0)
     network = mz.optimize_for_inference(lively("mobilenetv2_lgc_cifar100"), dense=True)
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
-    mz.export_onnx(network, tmp_path / "int8.onnx", preprocessing=preprocessing, calibration_images=images)
+    mz.export_onnx(network, tmp_path / "int8.onnx", preprocessing=True, calibration_images=images)
     graph = onnx.load(tmp_path / "int8.onnx").graph
     producers = {output: node.op_type for node in graph.node for output in node.output}
     assert not any(node.op_type == "Gather" for node in graph.node)
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     assert len(convolutions) == 57
     assert all(producers[node.input[i]] == "DequantizeLinear" for node in convolutions for i in (0, 1))
-    mz.export_onnx(network, tmp_path / "fp32.onnx", preprocessing=preprocessing)
-    assert (tmp_path / "int8.onnx").stat().st_size < 0.4 * (tmp_path / "fp32.onnx").stat().st_size
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.4 * 4 * mz.profile(network).params
 
 
 def test_a_mismatch_leaves_the_old_file(tmp_path, monkeypatch):
@@ -143,23 +127,21 @@ def test_exporting_leaves_random_state_and_logging_alone(tmp_path):
     assert not calls
 
 
-def test_command_writes_the_form_that_it_names(run, tmp_path):
-    gathers = {}
-    for form in ("", "--condensed", "--optimized"):
-        path = tmp_path / f"model{form}.onnx"
-        code, _, err = run("export", "mobilenetv2_lgc_cifar100", path, *filter(None, [form]))
-        assert code == 0, err
-        operators = [node.op_type for node in onnx.load(path).graph.node]
-        gathers[form] = operators.count("Gather")
-    assert gathers[""] == 0 < gathers["--optimized"] < gathers["--condensed"] == 34
-
-
-def test_command_writes_a_file(run, tmp_path):
-    path = tmp_path / "model.onnx"
-    code, out, err = run("export", WEIGHTS, path, "--optimized", "--with-preprocessing")
+@pytest.mark.parametrize(
+    ("options", "cls", "kinds"),
+    [
+        ([], mz.MobileNetV2, {nn.Conv2d, mz.LearnedGroupConv2d}),
+        (["--condensed"], mz.MobileNetV2, {nn.Conv2d, mz.CondensedConv2d}),
+        (["--optimized"], OptimizedNetwork, {FoldedConv2d}),
+    ],
+)
+def test_command_exports_the_form_that_it_names(run, tmp_path, monkeypatch, options, cls, kinds):
+    exported = []
+    monkeypatch.setattr(mz, "export_onnx", lambda network, file, **_: (exported.append(network), file.touch()))
+    code, _, err = run("export", "mobilenetv2_lgc_cifar100", tmp_path / "model.onnx", *options)
     assert code == 0, err
-    assert str(path) in out
-    assert mz.OnnxClassifier(path).preprocessing
+    assert type(exported[0]) is cls
+    assert {type(module) for module in exported[0].modules() if "Conv2d" in type(module).__name__} == kinds
 
 
 @pytest.mark.parametrize(
