@@ -1,7 +1,6 @@
 """Times every model with the weights that it ships, in every form, and a few peers, in one run.
 
     python benchmarks/latency.py --out benchmarks/timings/latency.json
-    python benchmarks/latency.py --layers --out benchmarks/timings/layers.json
 
 Needs `pip install '.[onnx]'`. Within a cell (runtime, precision, threads, batch) all forms run in turns and in changing
 order, so that drift of the machine hits all alike; what counts are ratios within a cell. Cells are timed in several
@@ -19,9 +18,6 @@ Forms:
 convolutions alone can give, the limit for every learned form that is as small. "mobilenetv2_cifar100, width_mult=0.55"
 is the dense network narrowed to the multiply-adds of those whose 1x1 layers are all grouped. It and the peers have
 random weights; they and the limit have no "weight" in the file.
-
---layers times single 1x1 layers instead, dense against condensed ones with random masks, in eager PyTorch:
-`gather_pays` (mobilenets_zoo/lgc/gather.py) follows from them.
 """
 
 import argparse
@@ -55,9 +51,6 @@ PASSES = 3
 PASS_ROUNDS = 2
 CALIBRATION_IMAGES = 64
 LIMIT, NARROW_WIDTH = "gc without shuffles", 0.55
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# Layers of mobilenetv2_lgc_cifar100: input channels, output channels, pixels along a side.
-LAYERS = ((24, 144, 32), (192, 32, 32), (64, 384, 16), (576, 96, 16), (160, 960, 8), (960, 320, 8))
 
 
 @dataclass(frozen=True)
@@ -68,15 +61,13 @@ class Cell:
     threads: int
     batch: int
     precision: str = "fp32"
-    layout: str = "NCHW"
 
 
-EAGER_CELLS = (Cell("eager", 1, 1, layout="channels_last"),)
+EAGER_CELLS = (Cell("eager", 1, 1),)
 ORT_CELLS = (
     *(Cell("onnxruntime", threads, batch) for threads, batch in ((1, 1), (2, 1), (1, 64))),
     Cell("onnxruntime", 1, 1, "int8"),
 )
-LAYER_CELLS = tuple(Cell("eager", 1, batch, layout=layout) for batch in (1, 16) for layout in LAYOUTS)
 
 
 @dataclass
@@ -88,7 +79,6 @@ class Form:
         form: one of those that the module's docstring lists.
         weight: "MODEL.TAG" of the weights; None for networks that aren't shipped.
         network: in evaluation mode and single precision; where `precision` is "int8", what its ONNX file quantises.
-        size: (channels, height, width) of its input.
         path: its ONNX file, once it has one.
         cost: parameters and multiply-adds of this very network.
     """
@@ -98,11 +88,10 @@ class Form:
     weight: Optional[str]
     network: nn.Module
     precision: str = "fp32"
-    size: tuple[int, int, int] = (3, 32, 32)
     path: Optional[Path] = None
 
     def __post_init__(self) -> None:
-        self.cost = mz.profile(self.network, self.size)
+        self.cost = mz.profile(self.network)
         if self.form == "compiled":
             self.network = torch.compile(self.network)  # type: ignore[assignment]
 
@@ -194,17 +183,6 @@ def model_forms(name: str, compiled: bool = False) -> Iterable[Form]:
         yield Form(f"{name}, width_mult={NARROW_WIDTH}", "optimized", None, mz.optimize_for_inference(narrow))
 
 
-def layer_forms() -> Iterable[Form]:
-    for inputs, outputs, size in LAYERS:
-        layer = mz.LearnedGroupConv2d(inputs, outputs)
-        layer.prune_(inputs // layer.condense_factor)
-        condensed = layer.condense()
-        forms = {"plain": nn.Conv2d(inputs, outputs, 1, bias=False), "textbook": Textbook(condensed)}
-        for form, network in (forms | {"condensed": condensed}).items():
-            label = f"{inputs} to {outputs} channels at {size}x{size}"
-            yield Form(label, form, None, network.eval(), size=(inputs, size, size))
-
-
 def export(name: str, folder: Path) -> None:
     """Writes the ONNX files of a model's forms."""
     torch.set_num_threads(1)
@@ -212,7 +190,7 @@ def export(name: str, folder: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (CALIBRATION_IMAGES, 32, 32, 3), dtype=np.uint8)
     for form in model_forms(name):
         calibration = images if form.precision == "int8" else None
-        mz.export_onnx(form.network, folder / form.file, input_size=form.size, calibration_images=calibration)
+        mz.export_onnx(form.network, folder / form.file, input_size=(3, 32, 32), calibration_images=calibration)
 
 
 def export_all(names: list[str], folder: Path) -> None:
@@ -223,9 +201,9 @@ def export_all(names: list[str], folder: Path) -> None:
 
 
 def runner(form: Form, cell: Cell) -> Callable[[], object]:
-    x = torch.randn(cell.batch, *form.size)
+    x = torch.randn(cell.batch, 3, 32, 32)
     if cell.runtime == "eager":
-        layout = LAYOUTS[cell.layout]
+        layout = torch.channels_last
         return partial(form.network.to(memory_format=layout), x.to(memory_format=layout))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cell.threads
@@ -264,30 +242,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file; the times are printed in any case")
     parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     parser.add_argument("--compile", nargs="+", default=[], choices=shipped, metavar="NAME", help="models to compile")
-    parser.add_argument("--layers", action="store_true", help="time single layers instead")
     parser.add_argument("--seconds", type=float, default=0.4, help="time per form and cell")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     random.seed(0)
     torch.set_num_threads(1)
     env = environment() | {"onnxruntime": onnxruntime.__version__}
-    if args.layers:
-        rows = time_cells(list(layer_forms()), LAYER_CELLS, args.seconds)
-    else:
-        forms = [form for name in args.models for form in model_forms(name, name in args.compile)]
-        with tempfile.TemporaryDirectory() as folder:
-            rows = time_cells(forms, EAGER_CELLS, args.seconds)
-            export_all(args.models, Path(folder))
-            for form in forms:
-                form.path = Path(folder, form.file) if form.form != "compiled" else None
-            rows += time_cells(forms, ORT_CELLS, args.seconds)
+    forms = [form for name in args.models for form in model_forms(name, name in args.compile)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = time_cells(forms, EAGER_CELLS, args.seconds)
+        export_all(args.models, Path(folder))
+        for form in forms:
+            form.path = Path(folder, form.file) if form.form != "compiled" else None
+        rows += time_cells(forms, ORT_CELLS, args.seconds)
     if args.out:
         lines = ",\n".join(map(json.dumps, rows))  # a row per line keeps differences between runs readable
         head = f'"unit": "milliseconds per image",\n"environment": {json.dumps(env)}'
         with mz.files.atomic_write(args.out, "w") as output:
             output.write(f'{{\n{head},\n"rows": [\n{lines}\n]\n}}\n')
     for row in rows:
-        where = " ".join(str(row[key]) for key in ("runtime", "precision", "threads", "batch", "layout"))
+        where = " ".join(str(row[key]) for key in ("runtime", "precision", "threads", "batch"))
         print(f"{row['ms']:8.3f} ms  {row['model']} {row['form']}  {where}")
     return 0
 

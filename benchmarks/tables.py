@@ -16,7 +16,7 @@ from pathlib import Path
 
 from report.figures import all_figures
 from report.files import ROOT
-from report.latency_tables import int8_table, layer_table, not_shipped, summary_table, timings_table
+from report.latency_tables import int8_table, not_shipped, summary_table, timings_table
 from report.model_tables import default_weights, family_table, models_table, profiles, state, weights_table
 from report.training_tables import experiments_table, teacher_table
 
@@ -41,7 +41,6 @@ def generated() -> dict[Path, str]:
         docs / "models.md": {"weights": weights_table()},
         docs / "lgc.md": {"family": family_table(costs)},
         docs / "training.md": {"teacher": teacher_table(), "experiments": experiments_table()},
-        docs / "design.md": {"layer-latency": layer_table()},
         docs / "condensing.md": {"latency-summary": summary_table()},
         docs / "timings.md": {"timings": timings_table(), "latency-int8": int8_table()},
     }

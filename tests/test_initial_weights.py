@@ -21,15 +21,10 @@ def lively(name: str, **kwargs) -> nn.Module:
     return with_lively_statistics(timm.create_model(name, **kwargs))
 
 
-@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv1_w050_cifar100", "mobilenetv1_cifar100"])
-def test_a_wider_network_starts_with_equal_outputs(name):
-    narrow, wide = lively("mobilenetv1_w025_cifar100"), timm.create_model(name).eval()
-    transfer(narrow, wide)
-    mz.check_equivalent(narrow, wide, IMAGES)
-    if name != "mobilenetv1_w025_cifar100":  # copies read their inputs with different weights, or they stay copies
-        weight = wide.blocks[1][0].pointwise.conv.weight
-        half = narrow.blocks[1][0].pointwise.conv.weight.shape[0]
-        assert not torch.allclose(weight[:half], weight[half : 2 * half])
+def test_an_equal_network_starts_equal():
+    source, target = lively("mobilenetv1_w025_cifar100"), timm.create_model("mobilenetv1_w025_cifar100").eval()
+    transfer(source, target)
+    mz.check_equivalent(source, target, IMAGES)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_lgc_cifar100", "mobilenetv2_lgc_exp_cifar100"])

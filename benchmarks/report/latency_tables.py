@@ -1,4 +1,4 @@
-"""Tables on how long networks and layers take."""
+"""Tables on how long networks take."""
 
 import functools
 import statistics
@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from report.files import TIMINGS, load_json, markdown
 
-__all__ = ["DEPLOYED", "NARROW", "int8_table", "layer_table", "not_shipped", "summary_table", "timed", "timings_table"]
+__all__ = ["DEPLOYED", "NARROW", "int8_table", "not_shipped", "summary_table", "timed", "timings_table"]
 
 FP32: dict[str, Any] = dict(runtime="onnxruntime", precision="fp32")
 FP32_CELLS = {
@@ -14,7 +14,7 @@ FP32_CELLS = {
     "2 threads, batch 1": FP32 | dict(threads=2, batch=1),
     "1 thread, batch 64": FP32 | dict(threads=1, batch=64),
 }
-EAGER = dict(runtime="eager", layout="channels_last", threads=1, batch=1)
+EAGER = dict(runtime="eager", threads=1, batch=1)
 # How the tables of models time one.
 DEPLOYED = FP32_CELLS["1 thread, batch 1"] | dict(form="optimized")
 NARROW = "mobilenetv2_cifar100, width_mult=0.55"  # the dense network with as many multiply-adds as grouped ones
@@ -89,20 +89,6 @@ def int8_table() -> str:
         rows.append([_code(model), _macs(plain), _ms(plain), _macs(dense), _ms(dense), *files])
     header = ["model", "plain: MACs (M)", "ms", "dense: MACs (M)", "ms", "file (MB)", "fp32 file (MB)"]
     return markdown(header, rows)
-
-
-def layer_table() -> str:
-    """Returns the dense layer's time over the condensed one's, and over the textbook form's."""
-    document = load_json(TIMINGS / "layers.json")
-    times = {(r["model"], f"{r['layout']}, batch {r['batch']}", r["form"]): r["ms"] for r in document["rows"]}
-    layers, cells, _ = (list(dict.fromkeys(keys)) for keys in zip(*times, strict=True))
-
-    def gain(layer: str, cell: str, form: str) -> str:
-        return f"{times[layer, cell, 'plain'] / times[layer, cell, form]:.2f}"
-
-    rows = [[x, *(f"{gain(x, cell, 'condensed')} ({gain(x, cell, 'textbook')})" for cell in cells)] for x in layers]
-    env = document["environment"]
-    return f"{markdown(['layer', *cells], rows)}\n\nOn one thread of {env['device']}, torch {env['torch']}, fp32."
 
 
 def _code(model: str) -> str:

@@ -5,11 +5,10 @@ A recipe's `init_from` is one of
 - "package:MODULE/FILE", a PyTorch file inside an installed package, checked by its sha256, whose tensors have the order
   and the shapes of the network's own.
 
-A zoo model may start from one of the same architecture, or
-- a MobileNetV2 from a dense one that is as wide or wider: the channels that matter most are kept, hidden ones and those
-  between bottlenecks; a learned group convolution takes the dense weight with a mask of ones, a group convolution its
-  groups' own blocks, after the hidden channels are ordered so that as much weight as possible lies in the blocks;
-- a MobileNetV1 from a narrower one, with equal outputs (Net2WiderNet, arXiv 1511.05641, section 2.2).
+A zoo model may start from one of the same architecture, a MobileNetV2 also from a dense one that is as wide or wider:
+the channels that matter most are kept, hidden ones and those between bottlenecks; a learned group convolution takes the
+dense weight with a mask of ones, a group convolution its groups' own blocks, after the hidden channels are ordered so
+that as much weight as possible lies in the blocks.
 """
 
 import hashlib
@@ -82,24 +81,18 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
         RuntimeError: head or classifier have another size.
     """
     refusal = f"no rule starts {type(target).__name__} from this {type(source).__name__}"
-    if isinstance(source, mz.MobileNetV1) and isinstance(target, mz.MobileNetV1):
-        _widen(source, target)
-    elif isinstance(source, mz.MobileNetV2) and isinstance(target, mz.MobileNetV2):
-        if _shapes(source) == _shapes(target):
-            target.load_state_dict(source.state_dict())
-            return
-        if not all(_is_dense(block.expansion.conv) and _is_dense(block.projection.conv) for block in _blocks(source)):
-            raise ValueError(f"{refusal}: its 1x1 convolutions must be dense")
-        _narrow(source, target, refusal)
-    else:
+    if _shapes(source) == _shapes(target):
+        target.load_state_dict(source.state_dict())
+    elif not isinstance(source, mz.MobileNetV2) or not isinstance(target, mz.MobileNetV2):
         raise ValueError(refusal)
+    elif not all(_is_dense(block.expansion.conv) and _is_dense(block.projection.conv) for block in _blocks(source)):
+        raise ValueError(f"{refusal}: its 1x1 convolutions must be dense")
+    else:
+        _narrow(source, target, refusal)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-# MobileNetV2
 
 
 def _blocks(model: nn.Module) -> list[Bottleneck]:
@@ -235,28 +228,3 @@ def _load_rows(source: nn.Module, target: nn.Module, rows: torch.Tensor) -> None
     """Loads a per-channel layer's tensors, each taking the given channels."""
     for name, value in source.state_dict().items():
         target.state_dict()[name].copy_(value[rows] if value.ndim else value)
-
-
-# MobileNetV1
-
-
-def _widen(source: nn.Module, target: nn.Module) -> None:
-    """Net2WiderNet: channels are repeated, and what reads them is divided between the copies, at random."""
-    generator = torch.Generator().manual_seed(0)
-    theirs, ours = source.state_dict(), target.state_dict()
-    if list(theirs) != list(ours) or any(ours[name].shape < value.shape for name, value in theirs.items()):
-        raise ValueError("a MobileNetV1 starts from one that is as wide or narrower")
-    for name, value in theirs.items():
-        wide = ours[name]
-        if not value.ndim:
-            wide.copy_(value)
-            continue
-        value = value[torch.arange(len(wide)) % len(value)] if len(wide) != len(value) else value
-        if value.ndim > 1 and wide.shape[1] != value.shape[1]:
-            copy_of = torch.arange(wide.shape[1]) % value.shape[1]
-            # Uneven parts, or copies would learn the same for ever.
-            parts = torch.rand(wide.shape[:2], generator=generator) + 0.5
-            totals = torch.zeros(len(wide), value.shape[1]).index_add_(1, copy_of, parts)
-            parts /= totals[:, copy_of]
-            value = value[:, copy_of] * parts.reshape(*parts.shape, *(1,) * (value.ndim - 2))
-        wide.copy_(value)

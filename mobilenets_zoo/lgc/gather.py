@@ -12,8 +12,8 @@ ONNX_MIN_SAVED = 48
 def gather_pays(out_channels: int, in_channels: int, groups: int, inputs_per_group: int, min_saved: int = 72) -> bool:
     """Whether a gather and a grouped 1x1 convolution take less time than a dense one with zeros in its weight.
 
-    Groups must be wide enough for fast kernels, and each gathered value must save enough multiply-adds: measured with
-    benchmarks/layer_latency.py and latency.py (docs/design.md).
+    Groups must be wide enough for fast kernels, and each gathered value must save enough multiply-adds; how many was
+    measured with single layers (docs/design.md).
 
     Args:
         out_channels, groups, inputs_per_group: of the grouped convolution.
@@ -40,7 +40,6 @@ def condensed_conv2d(
         groups: G.
 
     Compilers and exporters see the textbook form, a gather and a grouped convolution, and optimise that themselves.
-    Eager forms were chosen with benchmarks/layer_latency.py.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops a branch only where this stands alone
         if torch.compiler.is_compiling():
