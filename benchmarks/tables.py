@@ -14,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+from report import ROOT
 from report.figures import all_figures
-from report.files import ROOT
 from report.latency_tables import int8_table, not_shipped, summary_table, timings_table
 from report.model_tables import default_weights, family_table, models_table, profiles, state, weights_table
 from report.training_tables import experiments_table, teacher_table

@@ -5,7 +5,7 @@ model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
 from mobilenets_zoo import catalogue, data, evaluation, files, models, pretrained, profiling
-from mobilenets_zoo.classes import CIFAR100_CLASSES
+from mobilenets_zoo.data import CIFAR100_CLASSES
 from mobilenets_zoo.inference import onnx
 from mobilenets_zoo.inference.onnx import OnnxClassifier, export_onnx
 from mobilenets_zoo.inference.optimize import optimize_for_inference

@@ -45,13 +45,13 @@ def summary(name: str) -> dict[str, Any]:
     except WeightsError:
         entry = None
     # The time is that of one weight; another's masks leave another network.
-    timed = entry is not None and row.get("weight", entry.name) == entry.name
+    timed = entry is not None and row["weight"] == entry.name
     return {
         "name": name,
         "params": row["params"],
         "macs": row["macs"],
         "ms": row["ms"] if timed else None,
-        "optimized_macs": row.get("optimized_macs") if timed else None,
+        "optimized_macs": row["optimized_macs"] if timed else None,
         "weights": entry and {field: getattr(entry, field) for field in WEIGHT_FIELDS},
     }
 

@@ -12,7 +12,7 @@ from typing import Optional
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["ImageSet", "load_images", "read_image"]
+__all__ = ["CIFAR100_CLASSES", "ImageSet", "load_images", "read_image"]
 
 # What is decoded, and how much of it; Pillow would also call other programs for some formats.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -22,6 +22,19 @@ LARGE_SIDE = 1024
 # Hub id -> the column that holds the class.
 HUB_DATASETS = {"uoft-cs/cifar100": "fine_label", "uoft-cs/cifar10": "label"}
 TORCHVISION_DATASETS = {"cifar-100-python": "CIFAR100", "cifar-10-batches-py": "CIFAR10"}
+
+# CIFAR-100's fine labels in alphabetical order: the position is the label.
+_NAMES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+CIFAR100_CLASSES: tuple[str, ...] = tuple(_NAMES.split())
 
 
 @dataclass(frozen=True)

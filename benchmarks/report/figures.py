@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from report.files import ROOT, load_json, read_csv
+from report import ROOT, load_json, read_csv
 from report.latency_tables import DEPLOYED, timed
 from report.model_tables import ORIGINAL_TOP1, default_weights
 

@@ -4,7 +4,7 @@ import functools
 import statistics
 from typing import Any, Optional
 
-from report.files import TIMINGS, load_json, markdown
+from report import TIMINGS, load_json, markdown
 
 __all__ = ["DEPLOYED", "NARROW", "int8_table", "not_shipped", "summary_table", "timed", "timings_table"]
 

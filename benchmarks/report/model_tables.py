@@ -8,7 +8,7 @@ from typing import Any
 import timm
 
 import mobilenets_zoo as mz
-from report.files import ROOT, RUNS, load_json, markdown
+from report import ROOT, RUNS, load_json, markdown
 from report.latency_tables import DEPLOYED, NARROW, timed
 from report.training_tables import FIVE_EPOCHS, experiments
 

@@ -1,6 +1,6 @@
 """Tables on how the weights were trained: the teacher, and the runs that no weight was taken from."""
 
-from report.files import ROOT, RUNS, load_json, markdown, read_csv
+from report import ROOT, RUNS, load_json, markdown, read_csv
 
 __all__ = ["FIVE_EPOCHS", "experiments", "experiments_table", "teacher_table"]
 

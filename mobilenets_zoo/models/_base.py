@@ -9,7 +9,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from mobilenets_zoo.classes import CIFAR100_CLASSES
+from mobilenets_zoo.data import CIFAR100_CLASSES
 from mobilenets_zoo.lgc.condense import condense
 
 __all__ = ["MobileNetBase", "ConvBn", "cifar100_cfg"]
