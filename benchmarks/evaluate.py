@@ -27,9 +27,9 @@ from training.recipe import RUNS, Recipe, load_recipe
 from training.soft_labels import SoftLabels
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.catalogue import progress_bar
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.pretrained import WEIGHTS_DIR
-from mobilenets_zoo.progress import progress_bar
 
 
 def measure(recipe: Recipe, run: Path, data: str, device: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from training.recipe import Recipe, load_recipe
 from training.soft_labels import SoftLabels, pack
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.catalogue import progress_bar
 from mobilenets_zoo.evaluation import preprocess
-from mobilenets_zoo.progress import progress_bar
 
 
 class Teacher:

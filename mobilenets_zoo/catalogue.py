@@ -1,4 +1,4 @@
-"""What is known of the registered models without building them: cost, measured time, weights."""
+"""What commands share: the registered models' cost, measured time and weights without building them; a progress bar."""
 
 import json
 from functools import lru_cache
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mobilenets_zoo.pretrained import WeightsError, default_entry
 from mobilenets_zoo.profiling import Profile
 
-__all__ = ["FAST_MS", "MODEL_PATTERN", "best_model", "deployed_profiles", "model_names", "summary"]
+__all__ = ["FAST_MS", "MODEL_PATTERN", "best_model", "deployed_profiles", "model_names", "progress_bar", "summary"]
 
 MODEL_PATTERN = "*_cifar100"
 
@@ -61,6 +63,12 @@ def best_model() -> str:
     rows = [row for row in map(summary, model_names()) if row["weights"]]
     fast = [row for row in rows if row["ms"] and row["ms"] < FAST_MS]
     return max(fast or rows, key=lambda row: row["weights"]["top1"])["name"]
+
+
+def progress_bar() -> Progress:
+    """Returns a progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 @lru_cache(maxsize=1)

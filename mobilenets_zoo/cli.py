@@ -17,8 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import FAST_MS, best_model, model_names, summary
-from mobilenets_zoo.progress import progress_bar
+from mobilenets_zoo.catalogue import FAST_MS, best_model, model_names, progress_bar, summary
 
 __all__ = ["main"]
 

@@ -1,5 +1,6 @@
 """The code that README and docs show runs as shown."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -39,11 +40,30 @@ def test_code_runs_as_shown(path, run, tmp_path, monkeypatch):
                     code_, _, err = run(*shlex.split(line)[1:])
                     assert code_ == 0, err
                     ran += 1
-                if line.startswith("python benchmarks/"):
-                    assert (ROOT / shlex.split(line)[1]).is_file()
-                    assert all((ROOT / word).is_file() for word in shlex.split(line) if word.endswith(".toml"))
-                    ran += 1
-    assert ran or path.name == "contributing.md"
+    assert ran or path.name in ("contributing.md", "training.md")
+
+
+COMMAND = re.compile(r"(?:mobilenets-zoo|python benchmarks/\w+\.py) [^`\n]+")
+TEXTS = [*DOCUMENTS, ROOT / "benchmarks" / "model_card.md"]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in TEXTS if COMMAND.search(path.read_text())], ids=lambda path: path.name
+)
+def test_commands_take_the_options_that_are_shown(path, run, capfd):
+    """Every command of ours in a text, with its options, and the recipes that it names."""
+    for command in COMMAND.findall(path.read_text()):
+        words = re.sub(r"[][|]", " ", command.partition("  ")[0]).split()
+        if words[0] == "mobilenets-zoo":
+            text = run(words[1], "--help")[1]
+        else:
+            assert (ROOT / words[1]).is_file(), command
+            with pytest.raises(SystemExit):
+                importlib.import_module(Path(words[1]).stem).main(["--help"])
+            text = capfd.readouterr().out
+        for word in words:
+            assert not word.startswith("--") or re.search(rf"{word}\b", text), command
+            assert not (word.endswith(".toml") and "TAG" not in word) or (ROOT / word).is_file() or "$" in word, command
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

@@ -1,14 +1,24 @@
-"""The generated tables: what they count, what they refuse, and a model that has just been added."""
+"""Timings and generated tables: what is timed, counted and refused, and a model that has just been added."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
+import latency
+import pytest
 import tables
+import timm
+import torch
 from conftest import ROOT
+from latency import Cell, Form, Textbook
+from measuring import interleaved
 from report import latency_tables, model_tables, training_tables
+from torch import nn
+
+import mobilenets_zoo as mz
 
 TOY = '''
 
@@ -80,3 +90,88 @@ def test_experiments_fit_one_short_table():
     assert 0 < len(table) <= 15
     shown = sum(row.rpartition(" | ")[2].count(";") + 1 for row in table)
     assert shown == sum(row["comparison"] != training_tables.FIVE_EPOCHS for row in training_tables.experiments())
+
+
+# Timings
+
+
+def test_textbook_form_does_the_condensed_work():
+    condensed = timm.create_model("mobilenetv2_lgc_cifar100", condensed=True).eval()
+    textbook = latency.replaced(condensed, mz.CondensedConv2d, Textbook)
+    assert mz.profile(textbook) == mz.profile(condensed)
+    kinds = [type(module) for module in textbook.modules()]
+    assert kinds.count(Textbook) == 34
+    assert mz.CondensedConv2d not in kinds
+
+
+def test_cifar_mobilenet_v2_has_the_usual_cost():
+    assert round(mz.profile(latency.cifar_mobilenet_v2()).macs / 1e6) == 88
+
+
+def test_what_is_shipped_is_timed_and_named():
+    name = "mobilenetv2_lgc_proj_cifar100"
+    forms = list(latency.model_forms(name))
+    assert [(form.form, form.precision) for form in forms] == [
+        *((form, "fp32") for form in ("plain", "textbook", "condensed", "optimized")),
+        *((form, "int8") for form in ("plain", "optimized")),
+    ]
+    model, entry = timm.create_model(name, pretrained=True).eval(), mz.pretrained.default_entry(name)
+    assert {form.weight for form in forms} == {entry.name}
+    x = torch.randn(1, 3, 32, 32)
+    for form in (form for form in forms if form.form != "textbook"):  # whose channels have another order
+        mz.check_equivalent(model, form.network, x, tolerance=1e-4)
+    costs = [form.row()["macs"] for form in forms]
+    assert costs[2] == entry.macs
+    # The optimized network's own multiply-adds: neither the condensed one's nor those of the dense one for int8.
+    assert costs[3] == mz.profile(mz.optimize_for_inference(model)).macs < costs[5] < costs[2] < costs[0]
+
+
+def test_networks_that_are_not_shipped_name_no_weight():
+    made_up = [form for form in latency.model_forms("mobilenetv2_gc_cifar100") if form.model == latency.LIMIT]
+    peer = list(latency.model_forms("timm mobilenetv3_small_100"))
+    assert [form.weight for form in [*made_up, *peer]] == [None, None]
+
+
+def test_forms_take_turns():
+    calls: list[int] = []
+    times = interleaved([lambda i=i: calls.append(i) for i in range(3)], seconds=0.0)
+    assert [len(values) for values in times] == [5] * 3
+    assert all(sorted(calls[i : i + 3]) == [0, 1, 2] for i in range(6, len(calls), 3))
+
+
+def test_each_pass_times_new_sessions_in_random_order(monkeypatch):
+    made: list[str] = []
+
+    def runner(form, cell):
+        made.append(form.model)
+        return lambda: time.sleep(0.003 if form.model == "slow" else 0.0)
+
+    monkeypatch.setattr(latency, "runner", runner)
+    forms = [Form(model, "plain", None, nn.Conv2d(3, 4, 1)) for model in ("slow", "fast", "faster")]
+    cells = [Cell("eager", 2, 1), Cell("eager", 1, 2), Cell("onnxruntime", 1, 1), Cell("eager", 1, 1, "int8")]
+    rows = latency.time_cells(forms, cells, 0.0)
+    assert [(row["batch"], row["model"]) for row in rows] == [(b, form.model) for b in (1, 2) for form in forms]
+    assert all(made.count(form.model) == 2 * latency.PASSES == 2 * len(rows[0]["passes"]) for form in forms)
+    assert all((row["ms"] >= 3.0 / row["batch"]) == (row["model"] == "slow") for row in rows)
+    assert torch.get_num_threads() == 1
+
+
+def test_ratios_are_taken_within_a_pass(monkeypatch):
+    cell = dict(threads=1, batch=1)
+    reference = latency_tables.REFERENCE | cell | dict(passes=[2.0, 3.0, 2.0])
+    fast = cell | dict(model="fast", form="plain", passes=[1.0, 2.0, 1.0])
+    monkeypatch.setattr(latency_tables, "latency", lambda: {"rows": [fast, reference]})
+    assert latency_tables._ratio("fast", "plain", cell) == "2.00"
+    assert latency_tables._ratio("fast", "plain", cell | dict(batch=64)) == "-"
+
+
+def test_run_writes_one_document(tmp_path):
+    pytest.importorskip("onnxscript")
+    out, name = tmp_path / "latency.json", "mobilenetv1_w025_cifar100"
+    assert latency.main(["--models", name, "--seconds", "0", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    cells = [(row["runtime"], row["precision"], row["threads"], row["batch"]) for row in rows]
+    assert cells[::2] == cells[1::2]  # plain and optimized
+    assert set(cells) == {(c.runtime, c.precision, c.threads, c.batch) for c in latency.EAGER_CELLS + latency.ORT_CELLS}
+    assert {row["weight"] for row in rows} == {mz.pretrained.default_entry(name).name}
+    assert all(row["bytes"] > 0 for row in rows if row["runtime"] == "onnxruntime")
