@@ -270,7 +270,7 @@ def export(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for weights and results.")
 @click.option("--epochs", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(2))
-@click.option("--lr", default=1e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--lr", default=3e-3, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--layer-decay", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--size", type=click.IntRange(8, 1024), help="Side of the input in pixels, by default the model's.")
 @click.option("--flip/--no-flip", default=True, help="Show mirrored images, too; not for digits and text.")

@@ -23,8 +23,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -48,7 +48,7 @@ class Settings:
 
     epochs: int = 10
     batch_size: int = 32
-    lr: float = 1e-3  # AdamW's peak learning rate, that of the classifier
+    lr: float = 3e-3  # AdamW's peak learning rate, that of the classifier
     layer_decay: float = 0.9  # factor on the learning rate from each layer to the one before it
     size: Optional[int] = None  # side of the square input in pixels; by default the network's own
     flip: bool = True  # show mirrored images, too
@@ -108,7 +108,7 @@ def finetune(
     with contextlib.suppress(KeyboardInterrupt):
         while len(run.history) < epochs:
             run.epoch(progress, checked)
-    result = {
+    result: dict[str, Any] = {
         "model": name,
         "data": Path(source).name,
         "train_images": len(train_set),
@@ -129,28 +129,28 @@ def finetune(
             mz.export_onnx(mz.optimize_for_inference(stored), out / "model.onnx", preprocessing=True)
         except ImportError as error:
             progress.console.print(f"model.onnx isn't written: {error}", highlight=False)
-    with atomic_write(out / "result.json", "w", encoding="utf-8") as file:
-        file.write(json.dumps(result, indent=2) + "\n")
+    with atomic_write(out / "result.json", "w", encoding="utf-8") as written:
+        written.write(json.dumps(result, indent=2) + "\n")
     if result["finished"]:
         run.checkpoint.unlink(missing_ok=True)
     return result
 
 
-def create(name: str, settings: Settings) -> nn.Module:
+def create(name: str, settings: Settings) -> Any:
     """Returns the network to start from, still with its own classes; ValueError where it doesn't take colour images."""
     torch.manual_seed(settings.seed)
     model = timm.create_model(name, pretrained=not settings.scratch, drop_rate=0.1)
-    channels, *size = model.pretrained_cfg["input_size"]
+    channels, height, width = model.pretrained_cfg["input_size"]
     if channels != 3:
         raise ValueError(f"{name} takes images of {channels} channel(s); give a network for colour images")
-    size = [settings.size, settings.size] if settings.size else size
-    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, *size), tag="finetuned")
+    size = (3, settings.size or height, settings.size or width)
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size, tag="finetuned")
     for layer in mz.learned_layers(model).values():  # a finished mask stays as it is
         layer.prune_(layer.in_channels // layer.condense_factor)
     return model if settings.scratch else normalise_(model)
 
 
-def read_data(source: str, model: nn.Module, track: Callable[[Any], Iterable[Any]] = iter) -> tuple[ImageSet, ImageSet]:
+def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = iter) -> tuple[ImageSet, ImageSet]:
     """Reads images to train and to measure with, resized and cropped as the model's configuration says.
 
     `source` is a folder of images per class, with train/ and test/ or val/ above them or not, or a folder of Parquet
@@ -203,7 +203,7 @@ def read_data(source: str, model: nn.Module, track: Callable[[Any], Iterable[Any
 class _Run:
     """A network, with the data's classes, in training."""
 
-    def __init__(self, model: nn.Module, images: ImageSet, settings: Settings, checkpoint: Path, key: dict[str, Any]):
+    def __init__(self, model: Any, images: ImageSet, settings: Settings, checkpoint: Path, key: dict[str, Any]):
         self.model, self.settings, self.checkpoint, self.key = model, settings, checkpoint, key
         self.device = next(model.parameters()).device
         self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2)
@@ -219,11 +219,14 @@ class _Run:
 
     def inputs(self, images: torch.Tensor) -> torch.Tensor:
         """Maps uint8 (N, 3, H, W) to what the network takes."""
-        cfg: Any = self.model.pretrained_cfg
+        cfg = self.model.pretrained_cfg
         return preprocess(images.permute(0, 2, 3, 1).to(self.device), cfg["mean"], cfg["std"])
 
     def fit_classifier(self) -> None:
         """Fits the classifier to the network's features: logistic regression with a quadratic penalty."""
+        if not self.settings.freeze:  # the features that training starts from: BatchNorm takes the images' statistics
+            shuffled = self.images[torch.randperm(len(self.images))]
+            update_bn((self.inputs(batch) for batch in shuffled.split(128)), self.model)
         self.model.eval()
         with torch.no_grad():
             maps = (self.model.forward_features(self.inputs(batch)) for batch in self.images.split(100))
@@ -254,9 +257,8 @@ class _Run:
         torch.manual_seed(1000 * self.settings.seed + number)
         batches = torch.randperm(len(self.labels)).split(self.settings.batch_size)
         steps = len(batches)
-        scheduler = CosineLRScheduler(
-            self.optimizer, steps * epochs, warmup_t=min(steps, steps * epochs // 5), t_in_epochs=False
-        )
+        total = steps * epochs
+        scheduler = CosineLRScheduler(self.optimizer, total, warmup_t=min(steps, total // 5), t_in_epochs=False)
         task = progress.add_task("", total=steps)
         self.model.train()
         seen = loss_sum = correct = 0.0

@@ -5,6 +5,8 @@ very uneven ones. A step changes a channel by the learning rate over the square 
 rate hardly moves some layers and tears others.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,9 +28,10 @@ def normalise_(model: nn.Module) -> nn.Module:
         `model`.
     """
     for module in model.modules():
-        if [name for name, _ in module.named_children()] != ["conv", "bn"] or module.bn.running_var is None:
+        if [name for name, _ in module.named_children()] != ["conv", "bn"]:
             continue
-        conv, bn = module.conv, module.bn
+        conv: Any = module.conv
+        bn: Any = module.bn
         weight = conv.masked_weight() if isinstance(conv, LearnedGroupConv2d) else conv.weight
         norm = weight.double().flatten(1).norm(dim=1)
         variance = (bn.running_var.double() + bn.eps) / norm.square() - bn.eps  # what keeps (var + eps) / norm^2

@@ -1,7 +1,7 @@
 """Fine-tuning: what is read, what is trained, what is written, how a run ends and goes on."""
 
-import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,9 +77,15 @@ def test_the_command_writes_what_the_library_reads(folder, tmp_path, run):
     assert probabilities.argmax() == 1
 
 
-def test_a_fine_tuned_network_is_tuned_again_forced_and_without_onnx(folder, tmp_path, run, without_onnx):
+def test_freezing_keeps_the_trunk_and_its_result_is_tuned_again(folder, tmp_path, run, without_onnx):
     out = tmp_path / "out"
     finetune(folder, out, LGC, freeze=True)
+    mz.save_weights(finetuning.create(LGC, Settings()), tmp_path / "start.safetensors")
+    start, stored = load_file(tmp_path / "start.safetensors"), load_file(out / "model.safetensors")
+    assert {key for key in start if not torch.equal(start[key], stored[key])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
     command = ["finetune", f"local-dir:{out}", "--data", folder, "--out", out, "--freeze", "--size", 24]
     assert run(*command)[0] == 2
     code, _, err = run(*command, "--force")
@@ -114,38 +120,22 @@ def test_photos_reach_the_network_as_everywhere_else(tmp_path):
     assert torch.allclose(seen[seen[:, 0].argsort()], logits[logits[:, 0].argsort()], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["folders", "parquet"])
 @pytest.mark.parametrize("parts", [("",), ("train",), ("train", "test"), ("train", "val")])
-def test_layouts_of_folders(tmp_path, parts):
+def test_layouts_of_the_data(tmp_path, kind, parts):
     for part in parts:
-        make_folder(tmp_path / part, 3 if part in ("test", "val") else 5)
-    train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True)))
-    assert (len(train), len(test)) == ((10, 6) if len(parts) == 2 else (8, 2))
-    assert set(test.labels) == {0, 1}
-
-
-@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
-def test_parquet(tmp_path, splits):
-    for split in splits:
-        rows = []
-        for i in range(10):
-            content = io.BytesIO()
-            picture(i % 2, i, (32, 32)).save(content, "PNG")
-            rows.append({"bytes": content.getvalue(), "path": ""})
-        pq.write_table(pa.table({"img": rows, "label": [0, 1] * 5}), tmp_path / f"{split}-0.parquet")
+        count = 3 if part in ("test", "val") else 5
+        make_folder(tmp_path / part, count)
+        if kind == "parquet":
+            files = sorted((tmp_path / part).glob("*/*.png"))
+            rows = {"img": [{"bytes": file.read_bytes(), "path": ""} for file in files], "label": [0, 1] * count}
+            shutil.rmtree(tmp_path / part)
+            tmp_path.mkdir(exist_ok=True)
+            pq.write_table(pa.table(rows), tmp_path / f"{part or 'train'}-0.parquet".replace("val", "test"))
     train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
-    assert (len(train), len(test)) == ((10, 10) if len(splits) == 2 else (8, 2))
+    assert (len(train), len(test)) == ((10, 6) if len(parts) == 2 else (8, 2))
     assert train.images.shape[1:] == (16, 16, 3)
-
-
-def test_a_frozen_trunk_stays_as_it_is(folder, tmp_path, without_onnx):
-    finetune(folder, tmp_path / "out", freeze=True)
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    mz.save_weights(finetuning.create(W025, Settings()), tmp_path / "start.safetensors")
-    start = load_file(tmp_path / "start.safetensors")
-    assert {key for key in start if not torch.equal(start[key], stored[key])} == {
-        "classifier.weight",
-        "classifier.bias",
-    }
+    assert set(test.labels) == {0, 1}
 
 
 @pytest.mark.parametrize("scratch", [False, True])
