@@ -17,12 +17,13 @@ __all__ = ["normalise_"]
 
 @torch.no_grad()
 def normalise_(model: nn.Module) -> nn.Module:
-    """Scales each output channel of a convolution that BatchNorm follows to weights of norm 1, in place.
+    """Scales each output channel of a convolution that BatchNorm follows to weights of a norm near 1, in place.
 
-    Outputs in eval mode stay equal up to rounding, for BatchNorm's mean and variance are scaled alike. Convolutions are
-    found in modules that hold `conv` and `bn` and nothing else, as all of the zoo's do; plain, masked and condensed.
-    Channels whose variance doesn't exceed BatchNorm's epsilon stay: they hold next to nothing, and in training mode
-    another scale would wake them.
+    Scales are powers of two, so that no weight is rounded, and norms lie between 0.7 and 1.42. BatchNorm's mean and
+    variance are scaled alike: outputs in eval mode stay equal up to rounding of the variance. Convolutions are found in
+    modules that hold `conv` and `bn` and nothing else, as all of the zoo's do; plain, masked and condensed. Channels
+    whose variance doesn't exceed BatchNorm's epsilon stay: they hold next to nothing, and in training mode another
+    scale would wake them.
 
     Returns:
         `model`.
@@ -33,13 +34,13 @@ def normalise_(model: nn.Module) -> nn.Module:
         conv: Any = module.conv
         bn: Any = module.bn
         weight = conv.masked_weight() if isinstance(conv, LearnedGroupConv2d) else conv.weight
-        norm = weight.double().flatten(1).norm(dim=1)
-        variance = (bn.running_var.double() + bn.eps) / norm.square() - bn.eps  # what keeps (var + eps) / norm^2
-        chosen = (bn.running_var > bn.eps) & (norm > 0) & (variance > 0)
-        norm = torch.where(chosen, norm, 1.0)
-        conv.weight.copy_(conv.weight.double() / norm[:, None, None, None])
+        scale = weight.double().flatten(1).norm(dim=1).log2().round().exp2()
+        variance = (bn.running_var.double() + bn.eps) / scale.square() - bn.eps  # what keeps (var + eps) / scale^2
+        chosen = (bn.running_var > bn.eps) & (scale > 0) & (variance > 0)
+        scale = torch.where(chosen, scale, 1.0)
+        conv.weight.copy_(conv.weight.double() / scale[:, None, None, None])
         if conv.bias is not None:
-            conv.bias.copy_(conv.bias.double() / norm)
-        bn.running_mean.copy_(bn.running_mean.double() / norm)
+            conv.bias.copy_(conv.bias.double() / scale)
+        bn.running_mean.copy_(bn.running_mean.double() / scale)
         bn.running_var.copy_(torch.where(chosen, variance, bn.running_var.double()))
     return model

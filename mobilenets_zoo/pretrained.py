@@ -4,6 +4,7 @@
 hold to timm as `pretrained_cfg_overlay["state_dict"]`, timm's own hook; sources that the user names stay untouched.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from torch import nn
 from mobilenets_zoo.files import atomic_write
 from mobilenets_zoo.lgc.condense import condense, learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, condense_weight, expand_weight
+from mobilenets_zoo.normalisation import normalise_
 
 __all__ = [
     "SOURCE_VARIABLE",
@@ -299,16 +301,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def save_weights(model: nn.Module, path: Union[str, Path]) -> None:
-    """Writes a model as it is published: condensed, with convolutions and classifier in half precision.
+    """Writes a model as it is published: condensed, normalised, with convolutions and classifier in half precision.
 
-    BatchNorm stays in single precision. The file appears whole or not at all.
+    BatchNorm stays in single precision. Normalised is what `normalisation.normalise_` does. The file appears whole or
+    not at all.
 
     Raises:
         ValueError: a mask isn't finished, or a weight doesn't fit half precision.
         OSError: the file can't be written.
     """
-    if learned_layers(model):
-        model = condense(model)
+    model = normalise_(condense(model) if learned_layers(model) else copy.deepcopy(model))
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, CondensedConv2d)):

@@ -1,5 +1,6 @@
 """Where weights come from and what happens to files that aren't what the manifest says."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ from conftest import ALL_MODELS, LGC_MODELS, ROOT, with_lively_statistics, with_
 
 import mobilenets_zoo as mz
 from mobilenets_zoo import pretrained
+from mobilenets_zoo.normalisation import normalise_
 
 ENTRIES = list(pretrained.manifest().values())
 SMALL = pretrained.default_entry("mobilenetv1_w025_cifar100")
@@ -84,6 +86,43 @@ def test_stored_precision_is_half_for_convolutions_and_single_for_batchnorm(entr
         else:
             assert value.dtype == torch.float16
         assert not key.endswith("mask")  # learned layers are stored condensed
+
+
+def norms(module: torch.nn.Module) -> torch.Tensor:
+    """Returns the norms of a ConvBn's output channels, but for those whose variance is next to nothing."""
+    conv = module.conv
+    weight = conv.masked_weight() if isinstance(conv, mz.LearnedGroupConv2d) else conv.weight
+    return weight.detach().flatten(1).norm(dim=1)[module.bn.running_var > 1e-3]
+
+
+@each_entry
+def test_stored_weights_are_normalised_and_compute_in_half_precision(entry):
+    model = timm.create_model(entry.name, pretrained=True).eval()
+    for module in model.modules():
+        if hasattr(module, "bn"):
+            assert ((norms(module) > 0.7) & (norms(module) < 1.42)).all()
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (model(images) - model.half()(images.half()).float()).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("options", [{}, {"condensed": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalising_changes_no_output(options, dtype):
+    model = with_lively_statistics(with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", **options))).to(
+        dtype
+    )
+    with torch.no_grad():
+        model.stem.conv.weight *= 50
+        model.stem.bn.running_mean *= 50
+        model.stem.bn.running_var *= 2500
+        model.blocks[1][0].projection.bn.running_var[0] = 0.0  # a channel that stays as it is
+    normalised = normalise_(copy.deepcopy(model))
+    mz.check_equivalent(model, normalised, SAMPLE.to(dtype))
+    assert 0.7 < norms(normalised.stem).min() <= norms(normalised.stem).max() < 1.42
+    old, new = (network.blocks[1][0].projection for network in (model, normalised))
+    assert torch.equal(old.conv.weight[0], new.conv.weight[0])
+    assert new.bn.running_var[0] == 0
 
 
 @each_entry

@@ -24,6 +24,7 @@ from torch import nn
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
+from mobilenets_zoo.normalisation import normalise_
 from training.recipe import RUNS
 
 __all__ = ["start_from", "transfer"]
@@ -45,6 +46,7 @@ def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
             overlay = {"file": str(RUNS / source / "model.safetensors")}
             origin = timm.create_model(source.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay)
         transfer(origin, model)
+        normalise_(model)  # a group's rows are a part of the dense network's
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"init_from {source!r} can't be loaded: {error}") from error
 
