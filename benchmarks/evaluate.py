@@ -22,9 +22,9 @@ import timm
 import torch
 from measuring import environment
 from safetensors import SafetensorError
+from soft_labels import SoftLabels
 from torch import nn
 from training.recipe import RUNS, Recipe, load_recipe
-from training.soft_labels import SoftLabels
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.catalogue import progress_bar

@@ -17,7 +17,7 @@ from pathlib import Path
 from report import ROOT
 from report.figures import all_figures
 from report.latency_tables import int8_table, not_shipped, summary_table, timings_table
-from report.model_tables import default_weights, family_table, models_table, profiles, state, weights_table
+from report.model_tables import default_weights, family_table, models_table, profiles, weights_table
 from report.training_tables import experiments_table, teacher_table
 
 import mobilenets_zoo as mz
@@ -37,7 +37,7 @@ def generated() -> dict[Path, str]:
     costs = profiles()
     docs = ROOT / "docs"
     tables = {
-        ROOT / "README.md": {"models": models_table(costs), "state": state()},
+        ROOT / "README.md": {"models": models_table(costs)},
         docs / "models.md": {"weights": weights_table()},
         docs / "lgc.md": {"family": family_table(costs)},
         docs / "training.md": {"teacher": teacher_table(), "experiments": experiments_table()},

@@ -24,11 +24,11 @@ import torch
 from measuring import environment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from soft_labels import SoftLabels
 from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
 from training.recipe import RUNS, SHARED_FIELDS, Recipe, load_recipe
-from training.soft_labels import SoftLabels
 from training.student import Student
 
 import mobilenets_zoo as mz

@@ -26,11 +26,11 @@ import torch
 import train
 from conftest import ROOT
 from PIL import Image
+from soft_labels import SoftLabels, pack
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box
 from training.compiled_layers import batch_norm_act, compile_layers, depthwise_conv3x3
 from training.recipe import RUNS, Recipe, load_recipe
-from training.soft_labels import SoftLabels, pack
 from training.student import Student
 
 import mobilenets_zoo as mz

@@ -139,19 +139,6 @@ def draw_training_curves(figure: Any, data: Any) -> None:
         top1.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def draw_hoyer(figure: Any, data: Any) -> None:
-    figure.set_size_inches(7.0, 6.4)
-    panels = figure.subplots(1, len(data["stages"]), sharey=True, squeeze=False)[0]
-    highest = max(value for table in data["stages"].values() for row in table for value in row)
-    for axes, (title, table) in zip(panels, data["stages"].items(), strict=True):
-        image = axes.imshow(table, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
-        axes.grid(False)
-        axes.set_title(title, fontsize=9)
-        axes.set(xticks=range(len(table[0])), xlabel="group")
-    panels[0].set_yticks(range(len(data["layers"])), data["layers"], fontsize=6)
-    figure.colorbar(image, ax=panels, label="Hoyer index of the inputs' importance", shrink=0.6)
-
-
 def draw_mask(figure: Any, data: Any) -> None:
     figure.set_size_inches(7.0, 1.1 + 1.1 * len(data))
     for axes, (title, mask) in zip(figure.subplots(len(data), 1), data.items(), strict=True):
@@ -174,7 +161,6 @@ def all_figures() -> list[Figure]:
         Figure("accuracy_macs", accuracy_over_macs(), draw_accuracy),
         Figure("accuracy_latency", accuracy_over_latency(), draw_accuracy),
         Figure("training_curves", training_curves(), draw_training_curves),
-        Figure("hoyer_mobilenetv2_lgc", hoyer(stages), draw_hoyer),
         Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask),
     ]
 
@@ -221,17 +207,6 @@ def training_curves() -> dict[str, dict[str, list[dict[str, float]]]]:
         log = read_csv(result.with_name("log.csv"))
         curves.setdefault(start, {})[short(name)] = [{key: float(row[key]) for key in columns} for row in log]
     return curves
-
-
-def hoyer(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    layers = list(stages[0]["hoyer_before"])
-    tables = {
-        f"before stage {number}\n{100 * stage['progress']:.0f} % of training": [
-            [round(value, 4) for value in stage["hoyer_before"][layer]] for layer in layers
-        ]
-        for number, stage in enumerate(stages, 1)
-    }
-    return {"layers": [layer.removeprefix("blocks.").removesuffix(".conv") for layer in layers], "stages": tables}
 
 
 def mask_stages(stages: list[dict[str, Any]], layer: str = "blocks.3.1.projection.conv") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Tables and sentences on the models and their weights."""
 
 import functools
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from report import ROOT, RUNS, load_json, markdown
 from report.latency_tables import DEPLOYED, NARROW, timed
 from report.training_tables import FIVE_EPOCHS, experiments
 
-__all__ = ["ORIGINAL_TOP1", "default_weights", "family_table", "models_table", "profiles", "state", "weights_table"]
+__all__ = ["ORIGINAL_TOP1", "default_weights", "family_table", "models_table", "profiles", "weights_table"]
 
 # CIFAR-100 top-1 that the original reports for the same parameters and MACs (docs/design.md names the source).
 ORIGINAL_TOP1 = {
@@ -90,23 +89,6 @@ def measured_runs(model: str, params: int) -> int:
     """Returns how many finished runs of a model, at its own width, were measured on the test images."""
     others = [row for row in experiments() if row["images"] == "test"]
     return sum(row["model"] == model and int(row["params"]) == params for row in [*results(), *others])
-
-
-def state() -> str:
-    """Returns the README's sentences on the most accurate network and on the original's accuracy."""
-    weights = default_weights()
-    best = max(weights.values(), key=lambda entry: entry.top1)
-    row = timed(model=best.model, **DEPLOYED)
-    time = f" in {row['ms']:.1f} ms an image and {row['macs'] / 1e6:.0f} M multiply-adds" if row else ""
-    gaps = [weights[name].top1 - top1 for name, top1 in ORIGINAL_TOP1.items() if name in weights]
-    epochs = [sum(chain_epochs(load_json(ROOT / weights[name].result))) for name in ORIGINAL_TOP1 if name in weights]
-    text = (
-        f"The most accurate, `{best.model}`, has **{best.top1:.2f} % top-1**{time}. "
-        f"{sum(gap >= 0 for gap in gaps)} of {len(gaps)} models reach what the architectures' source reports "
-        f"({min(gaps):+.2f} to {max(gaps):+.2f} points), after {min(epochs)} to {max(epochs)} epochs instead of its "
-        "400, those of the networks they started from included."
-    )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def chain_epochs(result: dict[str, Any]) -> list[int]:
