@@ -1,7 +1,6 @@
 """Tables and sentences on the models and their weights."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -105,9 +104,8 @@ def weights_table() -> str:
         epochs = " + ".join(map(str, chain_epochs(result)))
         device = result["training"]["device"].replace("(R)", "").replace(" Processor", "")
         teacher = entry.taught_by.partition(".")[0] if entry.taught_by else "labels alone"
-        folder = Path(entry.result).parent.as_posix()
-        rows.append([f"`{entry.name}`", *scores, epochs, device, teacher, f"[run](../{folder}/)"])
-    return markdown(["weight", *SCORES, "epochs", "trained on", "taught by", "files"], rows)
+        rows.append([f"`{entry.name}`", *scores, epochs, device, teacher, f"[recipe](../{entry.recipe})"])
+    return markdown(["weight", *SCORES, "epochs", "trained on", "taught by", "run"], rows)
 
 
 PARENT = "mobilenetv2_cifar100"  # whose weights the family of docs/lgc.md started from
