@@ -11,7 +11,6 @@ Test images are never read.
 
 import argparse
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -317,8 +316,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         trainer.load()
     for student in trainer.students:
         student.out.mkdir(parents=True, exist_ok=True)
-    with mz.files.atomic_write(args.out / "run.json", "w") as file:
-        file.write(json.dumps({**environment(str(device)), "together": len(recipes)}, indent=2) + "\n")
+    mz.files.write_json(args.out / "run.json", {**environment(str(device)), "together": len(recipes)})
     trainer.save()  # what can't be written shows before the training
 
     def on_sigterm(*_: Any) -> None:

@@ -5,7 +5,6 @@ the nearer they are to the input. What is kept is a moving average of the weight
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +30,7 @@ from torchvision.transforms import v2
 import mobilenets_zoo as mz
 from mobilenets_zoo.data import ImageSet
 from mobilenets_zoo.evaluation import evaluate, preprocess
-from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.files import atomic_write, write_json
 from mobilenets_zoo.normalisation import normalise_
 from mobilenets_zoo.pretrained import write_config
 
@@ -129,8 +128,7 @@ def finetune(
             mz.export_onnx(mz.optimize_for_inference(stored), out / "model.onnx", preprocessing=True)
         except ImportError as error:
             progress.console.print(f"model.onnx isn't written: {error}", highlight=False)
-    with atomic_write(out / "result.json", "w", encoding="utf-8") as written:
-        written.write(json.dumps(result, indent=2) + "\n")
+    write_json(out / "result.json", result)
     if result["finished"]:
         run.checkpoint.unlink(missing_ok=True)
     return result
