@@ -209,10 +209,9 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # zip, pickle and OS errors, by what is damaged
             raise ValueError(f"{path} can't be read ({error}): start in another --out") from error
-        if state["recipes"] != self.identity["recipes"]:
-            raise ValueError(f"{path} was made with other recipes; choose another --out")
-        if state["images"] != self.identity["images"]:
-            raise ValueError(f"{path} was made with other images; repeat its --data and --holdout or change --out")
+        if different := [key for key, value in self.identity.items() if state[key] != value]:
+            remedy = "repeat its --data and --holdout, and its recipes, or choose another --out"
+            raise ValueError(f"{path} was made with other {' and '.join(different)}; {remedy}")
         for student, student_state in zip(self.students, state["students"], strict=True):
             student.load_state_dict(student_state)
         self.step, self.epoch_seconds = state["step"], state["epoch_seconds"]

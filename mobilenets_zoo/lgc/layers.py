@@ -167,16 +167,9 @@ class LearnedGroupConv2d(_GroupConv2d):
             ValueError: a group doesn't hold exactly in_channels / condense_factor inputs.
         """
         weight, index = condense_weight(self.weight.detach(), self.mask, self.condense_factor)
-        layer = CondensedConv2d(
-            self.in_channels,
-            self.out_channels,
-            self.groups,
-            self.condense_factor,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-            stride=self.stride,
-            bias=self.bias is not None,
-        )
+        sizes = (self.in_channels, self.out_channels, self.groups, self.condense_factor)
+        # All tensors are replaced, so that none need be drawn.
+        layer = CondensedConv2d(*sizes, device="meta", stride=self.stride, bias=self.bias is not None)
         layer.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
