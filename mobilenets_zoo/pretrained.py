@@ -27,18 +27,6 @@ from mobilenets_zoo.lgc.condense import condense, learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, condense_weight, expand_weight
 from mobilenets_zoo.normalisation import normalise_
 
-__all__ = [
-    "SOURCE_VARIABLE",
-    "WeightEntry",
-    "WeightsError",
-    "checkpoint_filter_fn",
-    "default_entry",
-    "manifest",
-    "save_weights",
-    "verified_weights",
-    "write_config",
-]
-
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 SOURCE_VARIABLE = "MOBILENETS_ZOO_SOURCE"
 HUB_FILENAME = "model.safetensors"
