@@ -46,13 +46,17 @@ class _GroupConv2d(nn.Module):
         self.groups = groups
         self.condense_factor = condense_factor
         self.stride = stride
-        inputs = self._register_choice(device)
+        inputs, self.fan_out = self._register_choice(device)
         self.weight = nn.Parameter(torch.empty(out_channels, inputs, 1, 1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
-    def _register_choice(self, device) -> int:
-        """Registers the buffer that says which inputs a group reads; returns how many a row of the weight holds."""
+    def _register_choice(self, device) -> tuple[int, int]:
+        """Registers the buffer that says which inputs a group reads.
+
+        Returns:
+            How many inputs a row of the weight holds, and how many outputs read one input, for the initial weights.
+        """
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -89,11 +93,10 @@ class LearnedGroupConv2d(_GroupConv2d):
         ValueError: channels that don't divide, or a count below 1.
     """
 
-    def _register_choice(self, device) -> int:
+    def _register_choice(self, device) -> tuple[int, int]:
         self.register_buffer("mask", torch.ones(self.groups, self.in_channels, device=device, dtype=torch.bool))
         self.mask: torch.Tensor
-        self.fan_out = self.out_channels  # outputs that read one input, for the initial weights
-        return self.in_channels
+        return self.in_channels, self.out_channels
 
     def masked_weight(self) -> torch.Tensor:
         """Returns the weight, (out_channels, in_channels, 1, 1), with zeros where a group reads no input."""
@@ -193,13 +196,12 @@ class CondensedConv2d(_GroupConv2d):
         ValueError: channels that don't divide, or a count below 1.
     """
 
-    def _register_choice(self, device) -> int:
+    def _register_choice(self, device) -> tuple[int, int]:
         inputs = self.in_channels // self.condense_factor
         # Until a checkpoint says otherwise, the groups take turns at consecutive inputs.
         self.register_buffer("index", torch.arange(self.groups * inputs, device=device) % self.in_channels)
         self.index: torch.Tensor
-        self.fan_out = self.out_channels // self.groups
-        return inputs
+        return inputs, self.out_channels // self.groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
