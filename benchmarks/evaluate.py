@@ -98,18 +98,13 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(content, file)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with mz.files.atomic_write(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-
-
 def record(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
     """Puts result, log and masks beside the recipe."""
     folder = RUNS / recipe.name
     for file in (run / "log.csv", run / "masks.json"):
         if file.exists():
             copy(file, folder / file.name)
-    write_json(folder / "result.json", result)
+    mz.files.write_json(folder / "result.json", result)
 
 
 def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
@@ -137,7 +132,7 @@ def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
         "revision": None,
         "taught_by": result["taught_by"],
     }
-    write_json(WEIGHTS_DIR / "manifest.json", dict(sorted(manifest.items())))
+    mz.files.write_json(WEIGHTS_DIR / "manifest.json", dict(sorted(manifest.items())))
 
 
 def main(argv: list[str] | None = None) -> int:

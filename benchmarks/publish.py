@@ -134,8 +134,7 @@ def record_revision(entry: WeightEntry, revision: str) -> None:
     path = pretrained.WEIGHTS_DIR / "manifest.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
     rows[entry.name]["revision"] = revision
-    with mz.files.atomic_write(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(rows, indent=2) + "\n")
+    mz.files.write_json(path, rows)
     pretrained.manifest.cache_clear()
 
 

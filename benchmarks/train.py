@@ -11,7 +11,6 @@ Test images are never read.
 
 import argparse
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -22,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import environment
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from soft_labels import SoftLabels
 from torch import nn
 from torch.nn import functional as F
@@ -32,6 +30,7 @@ from training.recipe import RUNS, SHARED_FIELDS, Recipe, load_recipe
 from training.student import Student
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.catalogue import progress_bar
 from mobilenets_zoo.evaluation import preprocess
 
 CHECKPOINT = "checkpoint.pt"
@@ -136,7 +135,7 @@ class Trainer:
     def run(self, progress: Progress, time_budget: float = math.inf) -> bool:
         """Trains and returns whether the end was reached; saves every few minutes and where it stops."""
         deadline = time.monotonic() + time_budget
-        task = progress.add_task("", total=self.total_steps, completed=self.step, info="")
+        task = progress.add_task("", total=self.total_steps, completed=self.step)
         saved = mark = time.monotonic()
         for student in self.students:
             student.model.train()
@@ -156,7 +155,7 @@ class Trainer:
                 rate = (i + 1) * self.recipe.batch_size / self.epoch_seconds
                 loss, top1 = (value / (i + 1) for value in values[0])
                 info = f"epoch {epoch + 1}/{self.recipe.epochs}  loss {loss:.3f}  top-1 {100 * top1:.1f} %"
-                progress.update(task, completed=self.step, info=f"{info}  {rate:.0f} images/s")
+                progress.update(task, completed=self.step, description=f"{info}  {rate:.0f} images/s")
                 if last:
                     self.end_epoch(epoch, size, values, rate, progress)
                     mark = time.monotonic()
@@ -210,10 +209,9 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # zip, pickle and OS errors, by what is damaged
             raise ValueError(f"{path} can't be read ({error}): start in another --out") from error
-        if state["recipes"] != self.identity["recipes"]:
-            raise ValueError(f"{path} was made with other recipes; choose another --out")
-        if state["images"] != self.identity["images"]:
-            raise ValueError(f"{path} was made with other images; repeat its --data and --holdout or change --out")
+        if different := [key for key, value in self.identity.items() if state[key] != value]:
+            remedy = "repeat its --data and --holdout, and its recipes, or choose another --out"
+            raise ValueError(f"{path} was made with other {' and '.join(different)}; {remedy}")
         for student, student_state in zip(self.students, state["students"], strict=True):
             student.load_state_dict(student_state)
         self.step, self.epoch_seconds = state["step"], state["epoch_seconds"]
@@ -294,7 +292,7 @@ def held_out(labels: np.ndarray, parts: int = 10, seed: int = 100) -> np.ndarray
     return held
 
 
-def train(args: argparse.Namespace, console: Console) -> int:
+def train(args: argparse.Namespace) -> int:
     recipes = [load_recipe(path) for path in args.recipes]
     for field in SHARED_FIELDS:
         if len({str(getattr(recipe, field)) for recipe in recipes}) > 1:
@@ -317,22 +315,20 @@ def train(args: argparse.Namespace, console: Console) -> int:
         trainer.load()
     for student in trainer.students:
         student.out.mkdir(parents=True, exist_ok=True)
-    with mz.files.atomic_write(args.out / "run.json", "w") as file:
-        file.write(json.dumps({**environment(str(device)), "together": len(recipes)}, indent=2) + "\n")
+    mz.files.write_json(args.out / "run.json", {**environment(str(device)), "together": len(recipes)})
     trainer.save()  # what can't be written shows before the training
 
     def on_sigterm(*_: Any) -> None:
         trainer.stop_reason = "SIGTERM"
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-    with Progress(*columns, console=console) as progress:
+    with progress_bar() as progress:
         finished = trainer.run(progress, args.time_budget)
     if finished:
         trainer.finish()
     else:
         done = f"{trainer.step} of {trainer.total_steps} steps"
-        console.print(f"stopped by {trainer.stop_reason} after {done}; the same command with --resume goes on")
+        progress.console.print(f"stopped by {trainer.stop_reason} after {done}; the same command with --resume goes on")
     return 143 if trainer.stop_reason == "SIGTERM" else 0
 
 
@@ -347,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        return train(args, Console(stderr=True))
+        return train(args)
     except OSError as error:
         message = f"{args.out} can't be written ({error.strerror or error}); make room or choose another --out"
     except (ValueError, FloatingPointError) as error:

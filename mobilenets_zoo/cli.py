@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from timm.data import create_transform, resolve_model_data_config
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.catalogue import FAST_MS, best_model, model_names, progress_bar, summary
@@ -139,7 +140,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
         raise InputError("Missing argument IMAGE...; give an image file, or --demo for a sample photo")
     name = name or best_model()
     model = _pretrained(name)
-    transform, classes = _transform(model), _class_names(model)
+    transform, classes = create_transform(**resolve_model_data_config(model)), _class_names(model)
     results: list[dict[str, Any]] = []
     for image in images:
         try:
@@ -194,13 +195,10 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
             raise ValueError("the device meta holds no values; choose cpu or cuda")
         model = model.to(torch.device(device), memory_format=torch.channels_last)
         images = mz.data.load_images(data, "test")
+        with progress_bar() as progress:
+            result = mz.evaluation.evaluate(model, images, batch_size, _counter(progress, name, len(images)))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(str(error)) from error
-    with progress_bar() as progress:
-        try:
-            result = mz.evaluation.evaluate(model, images, batch_size, _counter(progress, name, len(images)))
-        except ValueError as error:
-            raise InputError(str(error)) from error
     full_name = _full_name(name, model)
     if as_json:
         _print_json({"model": full_name, "condensed": condensed, **result.to_dict()})
@@ -233,14 +231,14 @@ def export(
     if not file.parent.is_dir():
         raise InputError(f"{file.parent}: no such folder; create it or choose another file")
     model = network = _pretrained(name)
-    if condensed:
-        network = _condensed(model)
-    elif optimized:
-        if not isinstance(model, mz.MobileNetV1 | mz.MobileNetV2):
-            raise InputError(f"{type(model).__name__} is not a network of the zoo; leave --optimized out")
-        network = mz.optimize_for_inference(model, dense=int8)
     full_name, calibration, test = _full_name(name, model), None, None
     try:
+        if condensed:
+            network = _condensed(model)
+        elif optimized:
+            if not isinstance(model, mz.MobileNetV1 | mz.MobileNetV2):
+                raise ValueError(f"{type(model).__name__} is not a network of the zoo; leave --optimized out")
+            network = mz.optimize_for_inference(model, dense=int8)
         if data is not None:
             train, test = (mz.data.load_images(data, split) for split in ("train", "test"))
             if len(test.classes) != model.num_classes:
@@ -309,11 +307,8 @@ def _read_image(source: str) -> Any:
     """
     label = "standard input" if source == "-" else _printable(source)
     try:
-        if source == "-":
-            content = sys.stdin.buffer.read(MAX_IMAGE_BYTES + 1)
-        else:
-            with open(source, "rb") as file:
-                content = file.read(MAX_IMAGE_BYTES + 1)
+        with click.open_file(source, "rb") as file:
+            content = file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"{label}: no such file; check the path") from None
     except (OSError, ValueError) as error:
@@ -369,8 +364,6 @@ def _pretrained(name: str) -> Any:
     _check_name(name)
     try:
         return timm.create_model(name, pretrained=True).eval()
-    except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from error
     except Exception as error:
         if not name.startswith(SOURCES):
             raise
@@ -383,12 +376,6 @@ def _condensed(model: Any) -> Any:
         return mz.condense(model)
     except ValueError as error:
         raise InputError(f"{error}; leave --condensed out") from error
-
-
-def _transform(model: Any) -> Callable[[Any], torch.Tensor]:
-    from timm.data import create_transform, resolve_model_data_config
-
-    return create_transform(**resolve_model_data_config(model))
 
 
 def _class_names(model: Any) -> list[str]:

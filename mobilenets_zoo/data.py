@@ -198,22 +198,18 @@ def _decode(content: bytes, name: str) -> Image.Image:
             opened = Image.open(io.BytesIO(content), formats=FORMATS)
         with opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise _TooLargeError(f"{opened.width} x {opened.height} pixels")
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
             opened.draft("RGB", (LARGE_SIDE, LARGE_SIDE))  # a JPEG decoder can leave out detail
             image = ImageOps.exif_transpose(opened)
             image.load()
             return image
-    except (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{name}: {error}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read, make it smaller"
         ) from None
     # Pillow's decoders raise what they like on broken data, SyntaxError and struct.error among it.
     except Exception as error:
         raise ValueError(f"{name}: not a readable image; give a PNG, JPEG, WebP, GIF, BMP or TIFF file") from error
-
-
-class _TooLargeError(Exception):
-    pass
 
 
 def _read_torchvision(folder: Path, dataset: str, split: str) -> ImageSet:

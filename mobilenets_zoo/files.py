@@ -1,13 +1,14 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "write_json"]
 
 
 @contextlib.contextmanager
@@ -35,3 +36,9 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_json(path: str | Path, document: Any) -> None:
+    """Writes a JSON document as `atomic_write` does."""
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=2) + "\n")

@@ -5,7 +5,6 @@ the nearer they are to the input. What is kept is a moving average of the weight
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +30,8 @@ from torchvision.transforms import v2
 import mobilenets_zoo as mz
 from mobilenets_zoo.data import ImageSet
 from mobilenets_zoo.evaluation import evaluate, preprocess
-from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.files import atomic_write, write_json
+from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
 from mobilenets_zoo.pretrained import write_config
 
@@ -126,11 +126,11 @@ def finetune(
         scores = evaluate(stored, test_set, on_progress=lambda done: progress.update(task, completed=done))
         result |= {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
         try:
-            mz.export_onnx(mz.optimize_for_inference(stored), out / "model.onnx", preprocessing=True)
+            network = mz.optimize_for_inference(stored) if isinstance(stored, MobileNetBase) else stored
+            mz.export_onnx(network, out / "model.onnx", preprocessing=True)
         except ImportError as error:
             progress.console.print(f"model.onnx isn't written: {error}", highlight=False)
-    with atomic_write(out / "result.json", "w", encoding="utf-8") as written:
-        written.write(json.dumps(result, indent=2) + "\n")
+    write_json(out / "result.json", result)
     if result["finished"]:
         run.checkpoint.unlink(missing_ok=True)
     return result
@@ -290,7 +290,10 @@ class _Run:
         """Takes up the checkpoint, if it is of the same network, settings and images."""
         if not self.checkpoint.is_file():
             raise ValueError(f"{self.checkpoint}: there is no such checkpoint to go on from; leave --resume out")
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except Exception as error:  # zip, pickle and OS errors, by what is damaged
+            raise ValueError(f"{self.checkpoint} can't be read ({error}); start anew with --force") from error
         if different := [name for name in self.key if state["key"][name] != self.key[name]]:
             raise ValueError(f"{self.checkpoint} is of a run with other {' and '.join(different)}; give the same")
         for name in ("model", "average", "optimizer"):

@@ -22,22 +22,10 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.files import atomic_write, write_json
 from mobilenets_zoo.lgc.condense import condense, learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, condense_weight, expand_weight
 from mobilenets_zoo.normalisation import normalise_
-
-__all__ = [
-    "SOURCE_VARIABLE",
-    "WeightEntry",
-    "WeightsError",
-    "checkpoint_filter_fn",
-    "default_entry",
-    "manifest",
-    "save_weights",
-    "verified_weights",
-    "write_config",
-]
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 SOURCE_VARIABLE = "MOBILENETS_ZOO_SOURCE"
@@ -337,5 +325,4 @@ def write_config(model: nn.Module, path: Union[str, Path]) -> None:
     config["model_args"] = {"condensed": True} if learned_layers(model) else {}
     if cfg["input_size"][0] != 3:
         config["model_args"]["in_chans"] = cfg["input_size"][0]
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2) + "\n")
+    write_json(path, config)

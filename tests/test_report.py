@@ -25,7 +25,7 @@ TOY = '''
 @register_model
 def toy_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
     """A toy."""
-    return _create_mobilenetv1("toy_cifar100", pretrained, **dict(dict(width_mult=0.125), **kwargs))
+    return _create("toy_cifar100", pretrained, **dict(dict(width_mult=0.125), **kwargs))
 '''
 
 

@@ -155,7 +155,7 @@ def short(name: str) -> str:
 
 
 def all_figures() -> list[Figure]:
-    """Returns every picture that the files in the repository allow."""
+    """Returns every picture with what the files in the repository say today."""
     stages = json.loads((ROOT / default_weights()[LEARNED].result).with_name("masks.json").read_text())
     return [
         Figure("accuracy_macs", accuracy_over_macs(), draw_accuracy),

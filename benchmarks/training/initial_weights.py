@@ -127,7 +127,7 @@ def _narrow(source: nn.Module, target: nn.Module, refusal: str) -> None:
         outputs = next(kept)
         _transfer_bottleneck(old, new, inputs, outputs)
         inputs = outputs
-    _load_columns(source.get_submodule("head_conv.conv"), target.get_submodule("head_conv.conv"), inputs)
+    target.get_parameter("head_conv.conv.weight").copy_(source.get_parameter("head_conv.conv.weight")[:, inputs])
     for name in ("head_conv.bn", "classifier"):
         target.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
 
@@ -220,10 +220,6 @@ def _load_pointwise(conv: nn.Module, weight: torch.Tensor) -> None:
     conv.get_parameter("weight").copy_(torch.cat(rows)[:, :, None, None])
     if isinstance(conv, mz.LearnedGroupConv2d):
         conv.mask.fill_(True)
-
-
-def _load_columns(source: nn.Module, target: nn.Module, columns: torch.Tensor) -> None:
-    target.get_parameter("weight").copy_(source.get_parameter("weight")[:, columns])
 
 
 def _load_rows(source: nn.Module, target: nn.Module, rows: torch.Tensor) -> None:

@@ -127,9 +127,6 @@ def load_recipe(path: str | Path) -> Recipe:
         if "sizes" in values:
             values["sizes"] = tuple((float(share), int(size)) for share, size in values["sizes"])
         return Recipe(**values)
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:  # of TOML and its encoding too; a missing key's TypeError names it
+    # ValueError of TOML and its encoding, too; a missing key's TypeError names it.
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {str(error).removeprefix('Recipe.__init__() ')}") from error

@@ -17,19 +17,6 @@ from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 from mobilenets_zoo.models._base import ConvBn
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
-__all__ = [
-    "Convolution",
-    "HiddenLayers",
-    "absorb_shuffle",
-    "as_convolution",
-    "fill_registers",
-    "fold_batchnorm",
-    "hidden_layers",
-    "merge_groups",
-    "remove_dead_hidden",
-    "spread_over_inputs",
-]
-
 # float32 values in a 512-bit register: kernels for blocked layouts work on so many channels at once.
 SIMD_CHANNELS = 16
 

@@ -98,35 +98,22 @@ def to_learned_group_conv(
 
 def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[str]:
     """Returns why a convolution can't be converted, None where it can."""
-    if type(module) not in PLAIN_CONVOLUTIONS:
-        return f"a {type(module).__name__} does more than convolve"
-    if module.kernel_size != (1, 1):
-        return "not 1x1: " + "x".join(map(str, module.kernel_size))
-    if module.groups > 1:
-        return f"grouped already: groups={module.groups}"
-    if module.stride[0] != module.stride[1]:
-        return f"stride {module.stride} differs between the axes"
-    if module.padding not in (0, (0, 0), "valid", "same"):
-        return f"padding {module.padding}"
-    if module.in_channels % condense_factor:
-        return f"in_channels {module.in_channels} isn't a multiple of {condense_factor}"
-    if module.out_channels % groups:
-        return f"out_channels {module.out_channels} isn't a multiple of {groups}"
-    return None
+    obstacles = {
+        f"a {type(module).__name__} does more than convolve": type(module) not in PLAIN_CONVOLUTIONS,
+        "not 1x1: " + "x".join(map(str, module.kernel_size)): module.kernel_size != (1, 1),
+        f"grouped already: groups={module.groups}": module.groups > 1,
+        f"stride {module.stride} differs between the axes": module.stride[0] != module.stride[1],
+        f"padding {module.padding}": module.padding not in (0, (0, 0), "valid", "same"),
+        f"in_channels {module.in_channels} isn't a multiple of {condense_factor}": module.in_channels % condense_factor,
+        f"out_channels {module.out_channels} isn't a multiple of {groups}": module.out_channels % groups,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
 def _learned(module: nn.Conv2d, groups: int, condense_factor: int) -> LearnedGroupConv2d:
     weight, bias = module.weight, module.bias
-    layer = LearnedGroupConv2d(
-        module.in_channels,
-        module.out_channels,
-        groups,
-        condense_factor,
-        device=weight.device,
-        dtype=weight.dtype,
-        stride=module.stride[0],
-        bias=bias is not None,
-    )
+    sizes = (module.in_channels, module.out_channels, groups, condense_factor)
+    layer = LearnedGroupConv2d(*sizes, device=weight.device, stride=module.stride[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), weight.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)

@@ -20,36 +20,44 @@ __all__ = ["CondensedConv2d", "LearnedGroupConv2d", "condense_weight", "expand_w
 
 
 class _GroupConv2d(nn.Module):
-    """What the masked and the condensed layer share: sizes, weight and bias.
-
-    Args: as for `LearnedGroupConv2d`, and
-        inputs: input channels that a row of the weight holds.
-        fan_out: outputs that read one input, for the initial weights.
-    """
+    """What the masked and the condensed layer share: sizes, weight and bias. Args: as for `LearnedGroupConv2d`."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        groups: int,
-        condense_factor: int,
-        device,
-        dtype,
-        stride: int,
-        bias: bool,
-        inputs: int,
-        fan_out: int,
+        groups: int = 4,
+        condense_factor: int = 4,
+        device=None,
+        dtype=None,
+        *,
+        stride: int = 1,
+        bias: bool = False,
     ):
         super().__init__()
+        if min(in_channels, out_channels, groups, condense_factor) < 1:
+            raise ValueError("in_channels, out_channels, groups and condense_factor must be at least 1")
+        if in_channels % condense_factor:
+            raise ValueError(f"in_channels {in_channels} isn't a multiple of condense_factor {condense_factor}")
+        if out_channels % groups:
+            raise ValueError(f"out_channels {out_channels} isn't a multiple of groups {groups}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = groups
         self.condense_factor = condense_factor
         self.stride = stride
-        self.fan_out = fan_out
+        inputs, self.fan_out = self._register_choice(device)
         self.weight = nn.Parameter(torch.empty(out_channels, inputs, 1, 1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
+
+    def _register_choice(self, device) -> tuple[int, int]:
+        """Registers the buffer that says which inputs a group reads.
+
+        Returns:
+            How many inputs a row of the weight holds, and how many outputs read one input, for the initial weights.
+        """
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """He initialisation by fan-out, zero bias. Leaves mask and index alone."""
@@ -85,23 +93,10 @@ class LearnedGroupConv2d(_GroupConv2d):
         ValueError: channels that don't divide, or a count below 1.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        groups: int = 4,
-        condense_factor: int = 4,
-        device=None,
-        dtype=None,
-        *,
-        stride: int = 1,
-        bias: bool = False,
-    ):
-        _check_channels(in_channels, out_channels, groups, condense_factor)
-        sizes = (in_channels, out_channels, groups, condense_factor)
-        super().__init__(*sizes, device, dtype, stride, bias, inputs=in_channels, fan_out=out_channels)
-        self.register_buffer("mask", torch.ones(groups, in_channels, device=device, dtype=torch.bool))
+    def _register_choice(self, device) -> tuple[int, int]:
+        self.register_buffer("mask", torch.ones(self.groups, self.in_channels, device=device, dtype=torch.bool))
         self.mask: torch.Tensor
+        return self.in_channels, self.out_channels
 
     def masked_weight(self) -> torch.Tensor:
         """Returns the weight, (out_channels, in_channels, 1, 1), with zeros where a group reads no input."""
@@ -175,16 +170,9 @@ class LearnedGroupConv2d(_GroupConv2d):
             ValueError: a group doesn't hold exactly in_channels / condense_factor inputs.
         """
         weight, index = condense_weight(self.weight.detach(), self.mask, self.condense_factor)
-        layer = CondensedConv2d(
-            self.in_channels,
-            self.out_channels,
-            self.groups,
-            self.condense_factor,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-            stride=self.stride,
-            bias=self.bias is not None,
-        )
+        sizes = (self.in_channels, self.out_channels, self.groups, self.condense_factor)
+        # All tensors are replaced, so that none need be drawn.
+        layer = CondensedConv2d(*sizes, device="meta", stride=self.stride, bias=self.bias is not None)
         layer.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
@@ -208,25 +196,12 @@ class CondensedConv2d(_GroupConv2d):
         ValueError: channels that don't divide, or a count below 1.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        groups: int = 4,
-        condense_factor: int = 4,
-        device=None,
-        dtype=None,
-        *,
-        stride: int = 1,
-        bias: bool = False,
-    ):
-        _check_channels(in_channels, out_channels, groups, condense_factor)
-        inputs, fan_out = in_channels // condense_factor, out_channels // groups
-        sizes = (in_channels, out_channels, groups, condense_factor)
-        super().__init__(*sizes, device, dtype, stride, bias, inputs=inputs, fan_out=fan_out)
+    def _register_choice(self, device) -> tuple[int, int]:
+        inputs = self.in_channels // self.condense_factor
         # Until a checkpoint says otherwise, the groups take turns at consecutive inputs.
-        self.register_buffer("index", torch.arange(groups * inputs, device=device) % in_channels)
+        self.register_buffer("index", torch.arange(self.groups * inputs, device=device) % self.in_channels)
         self.index: torch.Tensor
+        return inputs, self.out_channels // self.groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
@@ -300,15 +275,6 @@ def expand_weight(
     columns = inputs.unsqueeze(1).expand_as(grouped)
     dense = grouped.new_zeros(groups, grouped.shape[1], in_channels).scatter_(2, columns, grouped)
     return dense.reshape(-1, in_channels, 1, 1), mask
-
-
-def _check_channels(in_channels: int, out_channels: int, groups: int, condense_factor: int) -> None:
-    if min(in_channels, out_channels, groups, condense_factor) < 1:
-        raise ValueError("in_channels, out_channels, groups and condense_factor must be at least 1")
-    if in_channels % condense_factor:
-        raise ValueError(f"in_channels {in_channels} isn't a multiple of condense_factor {condense_factor}")
-    if out_channels % groups:
-        raise ValueError(f"out_channels {out_channels} isn't a multiple of groups {groups}")
 
 
 def _check_index(index: torch.Tensor, groups: int, in_channels: int) -> None:

@@ -90,26 +90,23 @@ WEIGHTS = (
 default_cfgs = generate_default_cfgs({name: cifar100_cfg(name, paper_ids="arXiv:1704.04861") for name in WEIGHTS})
 
 
-def _create_mobilenetv1(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
     return build_model(MobileNetV1, variant, pretrained, **kwargs)
 
 
 @register_model
 def mobilenetv1_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
     """MobileNetV1 1.0: 3.31M parameters, 612M MACs."""
-    model_args = dict(width_mult=1.0)
-    return _create_mobilenetv1("mobilenetv1_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv1_cifar100", pretrained, **kwargs)
 
 
 @register_model
 def mobilenetv1_w050_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
     """MobileNetV1 0.5: 0.87M parameters, 156M MACs."""
-    model_args = dict(width_mult=0.5)
-    return _create_mobilenetv1("mobilenetv1_w050_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv1_w050_cifar100", pretrained, **{"width_mult": 0.5, **kwargs})
 
 
 @register_model
 def mobilenetv1_w025_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
     """MobileNetV1 0.25: 0.24M parameters, 41M MACs."""
-    model_args = dict(width_mult=0.25)
-    return _create_mobilenetv1("mobilenetv1_w025_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv1_w025_cifar100", pretrained, **{"width_mult": 0.25, **kwargs})

@@ -191,82 +191,71 @@ def _paper_ids(name: str) -> tuple[str, ...]:
 default_cfgs = generate_default_cfgs({name: cifar100_cfg(name, paper_ids=_paper_ids(name)) for name in WEIGHTS})
 
 
-def _create_mobilenetv2(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     return build_model(MobileNetV2, variant, pretrained, **kwargs)
 
 
 @register_model
 def mobilenetv2_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6: 2.36M parameters, 301M MACs."""
-    model_args = dict(expand_ratio=6)
-    return _create_mobilenetv2("mobilenetv2_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_cifar100", pretrained, **kwargs)
 
 
 @register_model
 def mobilenetv2_t4_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=4: 1.76M parameters, 211M MACs."""
-    model_args = dict(expand_ratio=4)
-    return _create_mobilenetv2("mobilenetv2_t4_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_t4_cifar100", pretrained, **{"expand_ratio": 4, **kwargs})
 
 
 @register_model
 def mobilenetv2_t1_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=1: 0.86M parameters, 77M MACs."""
-    model_args = dict(expand_ratio=1)
-    return _create_mobilenetv2("mobilenetv2_t1_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_t1_cifar100", pretrained, **{"expand_ratio": 1, **kwargs})
 
 
 @register_model
 def mobilenetv2_lgc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, LGC expansion and projection: 1.07M parameters, 110M MACs once condensed."""
-    model_args = dict(expansion="lgc", projection="lgc")
-    return _create_mobilenetv2("mobilenetv2_lgc_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_lgc_cifar100", pretrained, **{"expansion": "lgc", "projection": "lgc", **kwargs})
 
 
 @register_model
 def mobilenetv2_lgc_exp_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, LGC expansion, dense projection: 1.80M parameters, 207M MACs once condensed."""
-    model_args = dict(expansion="lgc", projection="dense")
-    return _create_mobilenetv2("mobilenetv2_lgc_exp_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_lgc_exp_cifar100", pretrained, **{"expansion": "lgc", **kwargs})
 
 
 @register_model
 def mobilenetv2_lgc_proj_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, dense expansion, LGC projection: 1.64M parameters, 204M MACs once condensed."""
-    model_args = dict(expansion="dense", projection="lgc")
-    return _create_mobilenetv2("mobilenetv2_lgc_proj_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_lgc_proj_cifar100", pretrained, **{"projection": "lgc", **kwargs})
 
 
 @register_model
 def mobilenetv2_lgc_gc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, LGC expansion, GC projection: 1.07M parameters, 110M MACs once condensed."""
-    model_args = dict(expansion="lgc", projection="gc")
-    return _create_mobilenetv2("mobilenetv2_lgc_gc_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_lgc_gc_cifar100", pretrained, **{"expansion": "lgc", "projection": "gc", **kwargs})
 
 
 @register_model
 def mobilenetv2_gc_lgc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, GC expansion, LGC projection: 1.07M parameters, 110M MACs once condensed."""
-    model_args = dict(expansion="gc", projection="lgc")
-    return _create_mobilenetv2("mobilenetv2_gc_lgc_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_gc_lgc_cifar100", pretrained, **{"expansion": "gc", "projection": "lgc", **kwargs})
 
 
 @register_model
 def mobilenetv2_gc_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, GC expansion and projection: 1.07M parameters, 110M MACs."""
-    model_args = dict(expansion="gc", projection="gc")
-    return _create_mobilenetv2("mobilenetv2_gc_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_gc_cifar100", pretrained, **{"expansion": "gc", "projection": "gc", **kwargs})
 
 
 @register_model
 def mobilenetv2_gc_exp_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, GC expansion, dense projection: 1.80M parameters, 207M MACs."""
-    model_args = dict(expansion="gc", projection="dense")
-    return _create_mobilenetv2("mobilenetv2_gc_exp_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_gc_exp_cifar100", pretrained, **{"expansion": "gc", **kwargs})
 
 
 @register_model
 def mobilenetv2_gc_proj_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV2:
     """MobileNetV2 t=6, dense expansion, GC projection: 1.64M parameters, 204M MACs."""
-    model_args = dict(expansion="dense", projection="gc")
-    return _create_mobilenetv2("mobilenetv2_gc_proj_cifar100", pretrained, **dict(model_args, **kwargs))
+    return _create("mobilenetv2_gc_proj_cifar100", pretrained, **{"projection": "gc", **kwargs})
