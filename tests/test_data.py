@@ -173,8 +173,11 @@ def test_large_images_come_back_smaller_and_alike():
     assert difference.mean() < 2
 
 
-def test_formats_that_call_other_programs_are_refused():
-    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"  # would call Ghostscript
+
+
+@pytest.mark.parametrize("content", [EPS, b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"text", bytes(1000)])
+def test_what_is_no_image_is_refused(content):
     with pytest.raises(ValueError, match="not a readable image"):
         read_image(content, "x")
 
