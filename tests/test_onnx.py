@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import ALL_MODELS, with_lively_statistics, with_random_masks
+from conftest import ALL_MODELS, lively, with_random_masks
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -19,11 +19,6 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 WEIGHTS = "mobilenetv1_w025_cifar100"
-
-
-def lively(name: str, **kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs)))
 
 
 # One model per combination of rewrites; the others take the same paths.
