@@ -19,11 +19,15 @@ from mobilenets_zoo.evaluation import evaluate
 TEST_PIXELS = "25298951534f6b9afdfd0676eff99bb482acc7b9a68051dfc6c35006f90af038"
 
 
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def png(seed: int) -> tuple[np.ndarray, bytes]:
     pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return pixels, buffer.getvalue()
+    return pixels, encoded(Image.fromarray(pixels))
 
 
 def write_parquet(path, seeds, column="fine_label", names=("a", "b", "c")):
@@ -109,15 +113,11 @@ def table(images=None, labels=(0, 1), metadata=None) -> pa.Table:
 
 
 def bomb(mode: str = "1", side: int = 20_000) -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (side, side)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new(mode, (side, side)))
 
 
 def small(size: tuple[int, int]) -> dict[str, object]:
-    buffer = io.BytesIO()
-    Image.new("RGB", size).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": ""}
+    return {"bytes": encoded(Image.new("RGB", size)), "path": ""}
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,7 @@ def test_images_with_too_many_pixels_are_not_decoded(mode, side):
 def test_large_images_come_back_smaller_and_alike():
     y, x = np.mgrid[0:1500, 0:3000]
     pixels = np.stack([x % 256, y % 256, (x + y) // 20 % 256], -1).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    image = read_image(buffer.getvalue(), "x")
+    image = read_image(encoded(Image.fromarray(pixels)), "x")
     assert image.size == (1024, 512)
     expected = Image.fromarray(pixels).resize((32, 16), Image.Resampling.BICUBIC)
     difference = np.abs(np.asarray(image.resize((32, 16), Image.Resampling.BICUBIC), int) - np.asarray(expected, int))

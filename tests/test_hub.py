@@ -334,18 +334,10 @@ def test_the_hub_where_the_bundled_file_is_missing(published, client, weights, t
 
 
 FAULTS = {
-    "no repository": "404",
-    "401": "401",
-    "403": "403",
-    "no revision": "404",
-    "no file": "404",
-    "500": "500",
-    "503": "503",
-    "silent": "can't be downloaded",
-    "cut": "can't be downloaded",
-    "stalling": "took more than 2 seconds",
-    "dripping": "took more than 2 seconds",
-    "dripping headers": "took more than 2 seconds",
+    **{status: status for status in ("401", "403", "500", "503")},
+    **dict.fromkeys(["no repository", "no revision", "no file"], "404"),
+    **dict.fromkeys(["silent", "cut"], "can't be downloaded"),
+    **dict.fromkeys(["stalling", "dripping", "dripping headers"], "took more than 2 seconds"),
     "HTML page": "the answer isn't from a Hub",
     "shorter": "truncated",
     "longer": "is another file",

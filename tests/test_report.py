@@ -58,11 +58,16 @@ print(len(all_figures()))
     assert int(run("-c", program)) > 3
     assert "| `toy_cifar100` |" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "mobilenets_zoo" / "profiles.json").read_text())["toy_cifar100"]["ms"] is None
-    command = "from mobilenets_zoo.cli import main; main()"
-    rows = {row["name"]: row for row in json.loads(run("-c", command, "list", "--json"))}
+    program = """
+from click.testing import CliRunner
+from mobilenets_zoo.cli import cli
+print(*(CliRunner().invoke(cli, [*words.split(), "--json"]).output for words in ("list", "info toy_cifar100")), sep="|")
+"""
+    models, info = map(json.loads, run("-c", program).split("|"))
+    rows = {row["name"]: row for row in models}
     assert rows["toy_cifar100"]["weights"] is None
     assert rows["toy_cifar100"]["params"] < rows["mobilenetv1_w025_cifar100"]["params"]
-    assert json.loads(run("-c", command, "info", "toy_cifar100", "--json"))["description"] == "A toy."
+    assert info["description"] == "A toy."
 
 
 def test_timings_of_other_weights_fail_the_check(monkeypatch, capsys):

@@ -231,10 +231,3 @@ def test_a_network_with_learned_shortcuts_is_rewritten():
     learned = with_random_masks(learned).eval()
     assert isinstance(learned.blocks[1][0].shortcut, mz.LearnedGroupConv2d)
     mz.check_equivalent(learned, mz.optimize_for_inference(learned), torch.randn(2, 3, 32, 32), tolerance=1e-4)
-
-
-@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
-@torch.no_grad()
-def test_a_rewritten_network_can_be_traced(name):
-    network, x = mz.optimize_for_inference(lively(name)), torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(torch.jit.trace(network, x)(x), network(x))
