@@ -77,6 +77,12 @@ def with_lively_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    """Returns a model with finished masks and lively statistics."""
+    torch.manual_seed(seed)
+    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs), seed), seed)
+
+
 def with_random_masks(model: nn.Module, seed: int = 0) -> nn.Module:
     """Gives each learned group convolution a random finished mask."""
     generator = torch.Generator().manual_seed(seed)

@@ -323,9 +323,8 @@ def test_a_working_hub(published, client, weights, tmp_path, fault):
     assert client(load, weights, tmp_path / "cache") == "hub"
     published.requests.clear()
     assert client(load, weights, tmp_path / "cache") == "hub"
-    assert not [
-        request for request in published.requests if "resolve" in request
-    ]  # a pinned commit in the cache needs no request
+    # A pinned commit in the cache needs no request.
+    assert not [request for request in published.requests if "resolve" in request]
 
 
 def test_the_hub_where_the_bundled_file_is_missing(published, client, weights, tmp_path):
@@ -335,18 +334,10 @@ def test_the_hub_where_the_bundled_file_is_missing(published, client, weights, t
 
 
 FAULTS = {
-    "no repository": "404",
-    "401": "401",
-    "403": "403",
-    "no revision": "404",
-    "no file": "404",
-    "500": "500",
-    "503": "503",
-    "silent": "can't be downloaded",
-    "cut": "can't be downloaded",
-    "stalling": "took more than 2 seconds",
-    "dripping": "took more than 2 seconds",
-    "dripping headers": "took more than 2 seconds",
+    **{status: status for status in ("401", "403", "500", "503")},
+    **dict.fromkeys(["no repository", "no revision", "no file"], "404"),
+    **dict.fromkeys(["silent", "cut"], "can't be downloaded"),
+    **dict.fromkeys(["stalling", "dripping", "dripping headers"], "took more than 2 seconds"),
     "HTML page": "the answer isn't from a Hub",
     "shorter": "truncated",
     "longer": "is another file",
@@ -381,20 +372,11 @@ def test_altered_bytes_are_an_error_and_never_replaced(published, client, weight
     assert client(load, weights, tmp_path / "cache") == "hub"
 
 
-def test_a_full_disk(published, client, weights, tmp_path):
-    """Files may not grow beyond 100,000 bytes, less than the weight has."""
+def test_a_cache_that_cannot_be_written(published, client, weights, tmp_path):
+    """A full disk (files may not grow beyond 100,000 bytes), then a file in the folder's place: so for root too."""
     assert "can't be downloaded" in client(load, weights, tmp_path / "cache", "hub", 30, 100_000)
-
-
-def test_a_cache_folder_that_cannot_be_written(published, client, weights, tmp_path):
-    """A file where the folder should be: refused for every user, root too."""
     (tmp_path / "occupied").write_text("")
     assert "can't be downloaded" in client(load, weights, tmp_path / "occupied")
-
-
-def test_a_weight_that_is_not_published(hub, client, weights, tmp_path):
-    assert "isn't published" in client(load, weights, tmp_path / "cache")
-    assert hub.requests == []
 
 
 def test_offline_with_and_without_cache(published, client, weights, tmp_path):

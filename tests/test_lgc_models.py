@@ -8,24 +8,21 @@ import sys
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
-from conftest import ALL_MODELS, LGC_MODELS, ROOT, with_lively_statistics, with_random_masks
+from conftest import ALL_MODELS, LGC_MODELS, ROOT, lively, with_lively_statistics
 from timm.layers import StdConv2d
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.pretrained import checkpoint_filter_fn
 
 
-def finished(name: str, seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs), seed), seed)
-
-
 @pytest.mark.parametrize("name", LGC_MODELS)
 def test_condensed_model_is_equal(name):
-    model = finished(name)
+    model = lively(name)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         model = model.to(dtype).eval()
         condensed = mz.condense(model)
@@ -39,7 +36,7 @@ def test_condensed_model_is_equal(name):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_condense_copies_and_keeps_flags(training):
-    model = finished("mobilenetv2_lgc_cifar100").train(training)
+    model = lively("mobilenetv2_lgc_cifar100").train(training)
     model.blocks[0].eval()
     before = copy.deepcopy(model.state_dict())
     condensed = model.condense()
@@ -57,6 +54,8 @@ def test_condense_refuses_unfinished_masks_and_names_the_layer():
     mz.CondenseSchedule(model).step(1 / 6)
     with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*\[24, 24, 24, 24\] of 32"):
         mz.condense(model)
+    with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*finish"):
+        checkpoint_filter_fn(model.state_dict(), timm.create_model("mobilenetv2_lgc_cifar100", condensed=True))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_MODELS if "lgc" not in name])
@@ -71,7 +70,7 @@ def test_models_without_learned_layers_say_so(name):
 
 @pytest.mark.parametrize("name", LGC_MODELS)
 def test_checkpoints_convert_both_ways_without_loss(name):
-    model = finished(name)
+    model = lively(name)
     condensed = mz.condense(model)
     fresh_condensed = timm.create_model(name, condensed=True)
     fresh_condensed.load_state_dict(condensed.state_dict())  # strict, as saved
@@ -91,12 +90,6 @@ def test_a_dense_checkpoint_starts_a_learned_network():
     learned = timm.create_model("mobilenetv2_lgc_cifar100").eval()
     learned.load_state_dict(checkpoint_filter_fn(dense.state_dict(), learned))
     mz.check_equivalent(dense, learned, torch.randn(2, 3, 32, 32))
-
-
-def test_an_unfinished_checkpoint_does_not_load_as_condensed():
-    model = timm.create_model("mobilenetv2_lgc_cifar100")
-    with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*finish"):
-        checkpoint_filter_fn(model.state_dict(), timm.create_model("mobilenetv2_lgc_cifar100", condensed=True))
 
 
 def test_condense_works_on_foreign_models_and_keeps_shared_layers_shared():
@@ -141,20 +134,18 @@ def counts(model: nn.Module) -> set[float]:
     }
 
 
-def test_schedule_prunes_at_sixths_and_only_there():
-    model = timm.create_model("mobilenetv2_lgc_cifar100")
-    schedule = mz.CondenseSchedule(model)
-    total = 600
-    changes = {step for step in range(total + 1) if schedule.step(step / total)}
-    assert changes == {100, 200, 300}
-    assert counts(model) == {0.25}
-
-
 @pytest.mark.parametrize(("progress", "share"), [(0, 1), (0.16, 1), (1 / 6, 0.75), (0.34, 0.5), (0.5, 0.25), (1, 0.25)])
 def test_schedule_catches_up_after_a_jump(progress, share):
     model = timm.create_model("mobilenetv2_lgc_gc_cifar100")
     assert mz.CondenseSchedule(model).step(progress) is (share < 1)
     assert counts(model) == {share}
+
+
+def test_schedule_prunes_at_sixths_and_only_there():
+    layer = mz.LearnedGroupConv2d(16, 8)
+    schedule = mz.CondenseSchedule(layer)
+    assert [step for step in range(601) if schedule.step(step / 600)] == [100, 200, 300]
+    assert counts(layer) == {0.25}
 
 
 def test_schedule_follows_each_layers_own_factor():
@@ -195,8 +186,7 @@ def test_group_lasso_sums_over_layers():
 def test_two_processes_learn_identical_masks():
     """Two gloo processes train on different data under DDP and prune; weights, masks and buffers must agree."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distributed_masks.py"],
-        cwd=ROOT / "tests",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -204,6 +194,33 @@ def test_two_processes_learn_identical_masks():
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("masks agree") == 2
+
+
+def train_and_compare() -> None:
+    """What each of them runs."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(mz.LearnedGroupConv2d(32, 64), nn.BatchNorm2d(64), nn.ReLU(), mz.LearnedGroupConv2d(64, 32))
+    nn.init.constant_(model[3].weight, 0.5)  # ties at first: equal importances must be broken alike
+    schedule = mz.CondenseSchedule(model)
+    schedule.step(1 / 6)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(dist.get_rank())  # each process sees its own data
+    for step in range(12):
+        loss = parallel(torch.randn(4, 32, 8, 8)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step((step + 1) / 12)
+    for layer in mz.learned_layers(model).values():
+        assert (layer.mask.sum(1) == layer.in_channels // 4).all()
+        for tensor in (layer.mask.to(torch.uint8), layer.weight.detach()):
+            copies = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(copies, tensor)
+            assert torch.equal(*copies)
+    print("masks agree", flush=True)
+    dist.destroy_process_group()
 
 
 # Other people's networks
@@ -348,3 +365,7 @@ def test_an_export_keeps_the_form_and_the_model(condensed, tmp_path):
     assert operators.count("Gather") == (3 if condensed else 0)  # one of the two layers is used twice
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+if __name__ == "__main__":
+    train_and_compare()

@@ -45,9 +45,12 @@ def deployed(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **({"condensed": True} if name in LGC_MODELS else {}), **kwargs)
 
 
-def test_fourteen_models_are_registered():
+def test_fourteen_models_are_registered_with_the_data_they_take():
     assert set(ALL_MODELS) == set(COSTS)
-    assert len(set(mz.CIFAR100_CLASSES)) == 100
+    assert list(mz.CIFAR100_CLASSES) == sorted(set(mz.CIFAR100_CLASSES))
+    for name in ALL_MODELS:
+        cfg = timm.get_pretrained_cfg(name)
+        assert (cfg.input_size, cfg.num_classes, cfg.label_names) == ((3, 32, 32), 100, mz.CIFAR100_CLASSES)
 
 
 @each_model
@@ -55,14 +58,11 @@ def test_parameters_and_macs(name):
     profile = mz.profile(deployed(name))
     assert (profile.params, profile.macs) == COSTS[name]
     assert mz.catalogue.deployed_profiles()[name] == profile
-
-
-@pytest.mark.parametrize("name", LGC_MODELS)
-def test_masked_models_count_as_what_they_compute(name):
-    model = timm.create_model(name)
-    assert mz.profile(model).macs > COSTS[name][1]
-    mz.CondenseSchedule(model).step(1.0)
-    assert mz.profile(mz.condense(model)) == mz.Profile(*COSTS[name])
+    if name in LGC_MODELS:  # the masked form counts as what it computes
+        model = timm.create_model(name)
+        assert mz.profile(model).macs > profile.macs
+        mz.CondenseSchedule(model).step(1.0)
+        assert mz.profile(mz.condense(model)) == profile
 
 
 @each_model
@@ -70,7 +70,7 @@ def test_other_input_sizes(name):
     model = timm.create_model(name, device="meta")
     classifier = model.num_features * 100
     assert mz.profile(model, (3, 64, 64)).macs - classifier == 4 * (mz.profile(model).macs - classifier)
-    for size in (64, 96, 224):
+    for size in (64, 224):
         x = torch.empty(1, 3, size, size, device="meta")
         assert model.forward_features(x).shape == (1, model.num_features, size // 4, size // 4)
         assert model(x).shape == (1, 100)
@@ -86,12 +86,6 @@ def test_head_options(name):
     model.reset_classifier(7)
     assert model.global_pool.pool_type == "avgmax"
     assert model(x).shape == (2, 7)
-
-
-@each_kind
-def test_unknown_arguments_raise(name):
-    with pytest.raises(TypeError, match="no_such_argument"):
-        timm.create_model(name, no_such_argument=1)
 
 
 def test_drop_path_acts_in_training_only():
@@ -133,15 +127,6 @@ def test_device_dtype_and_bfloat16(name):
     assert low(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
     low.reset_classifier(3)
     assert low.get_classifier().weight.dtype == torch.bfloat16
-
-
-@each_kind
-def test_memory_formats_agree(name):
-    model = with_lively_statistics(deployed(name)).double()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    expected = model(x)
-    actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def forms(name: str) -> list[nn.Module]:
@@ -190,10 +175,11 @@ for name in sys.argv[1:]:
 
 
 def test_condensed_models_compile_in_torchscript():
+    names = ["mobilenetv2_lgc_cifar100", "mobilenetv2_gc_lgc_cifar100"]
     # In a process of its own: TorchScript knows its built-ins by id(), and some of those that Inductor's import
     # registers die at once, so that a layer's attribute that lands at such an address passes for a built-in.
-    result = subprocess.run([sys.executable, "-c", SCRIPTED, *LGC_MODELS], capture_output=True, text=True, timeout=280)
-    assert result.stdout.split() == LGC_MODELS, result.stderr
+    result = subprocess.run([sys.executable, "-c", SCRIPTED, *names], capture_output=True, text=True, timeout=280)
+    assert result.stdout.split() == names, result.stderr
 
 
 def test_width_and_expansion_are_constructor_arguments():
@@ -217,31 +203,16 @@ def test_impossible_arguments_raise(arguments):
 
 def test_shortcuts_are_where_the_architecture_has_them():
     model = timm.create_model("mobilenetv2_cifar100", device="meta")
-    found = {}
-    for row, blocks in enumerate(model.blocks):
-        for i, block in enumerate(blocks):
-            kind = "conv" if isinstance(block.shortcut, nn.Conv2d) else "identity"
-            found[row, i] = kind if block.has_shortcut else None
-    convs = [place for place, kind in found.items() if kind == "conv"]
+    blocks = {(row, i): block for row, section in enumerate(model.blocks) for i, block in enumerate(section)}
+    convs = [place for place, block in blocks.items() if isinstance(block.shortcut, nn.Conv2d)]
     assert convs == [(0, 0), (1, 0), (2, 0), (4, 0)]
-    assert [place for place, kind in found.items() if kind is None] == [(3, 0), (5, 0), (6, 0)]
+    assert [place for place, block in blocks.items() if not block.has_shortcut] == [(3, 0), (5, 0), (6, 0)]
 
 
-def test_channel_shuffle_lets_every_group_read_from_every_group():
-    x = torch.arange(12.0).reshape(1, 12, 1, 1)
-    assert nn.ChannelShuffle(4)(x).flatten().tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
+def test_channels_are_shuffled_between_plain_grouped_convolutions_only():
     shuffles = {
         name: sum(isinstance(m, nn.ChannelShuffle) for m in timm.create_model(name, device="meta").modules())
         for name in ALL_MODELS
     }
     assert shuffles.pop("mobilenetv2_gc_cifar100") == 17 + 16
     assert not any(shuffles.values())
-
-
-@each_model
-def test_configuration_describes_the_data(name):
-    cfg = timm.get_pretrained_cfg(name)
-    assert cfg.input_size == (3, 32, 32)
-    assert cfg.num_classes == 100
-    assert cfg.label_names == mz.CIFAR100_CLASSES
-    assert list(mz.CIFAR100_CLASSES) == sorted(mz.CIFAR100_CLASSES)

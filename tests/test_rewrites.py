@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from conftest import ALL_MODELS, LGC_MODELS, with_lively_statistics, with_random_masks
+from conftest import ALL_MODELS, LGC_MODELS, lively, with_lively_statistics, with_random_masks
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,11 +16,6 @@ from mobilenets_zoo.inference import optimize, rewrites
 from mobilenets_zoo.inference.optimize import FoldedConv2d
 from mobilenets_zoo.inference.rewrites import Convolution, HiddenLayers
 from mobilenets_zoo.models._base import ConvBn
-
-
-def lively(name: str, seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return with_lively_statistics(with_random_masks(timm.create_model(name, **kwargs), seed), seed)
 
 
 def hidden_layers(groups: int, inputs: int = 8, hidden: int = 96, outputs: int = 8, seed: int = 0) -> HiddenLayers:
@@ -174,6 +169,8 @@ def test_optimized_network_is_equal(name):
     if name in LGC_MODELS:
         mz.check_equivalent(network, mz.optimize_for_inference(mz.condense(model)), x)
         assert mz.profile(network).macs < mz.profile(model).macs
+    elif "_gc" not in name:  # a biased convolution for a plain one and BatchNorm
+        assert mz.profile(network).macs == mz.profile(model).macs
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -234,20 +231,3 @@ def test_a_network_with_learned_shortcuts_is_rewritten():
     learned = with_random_masks(learned).eval()
     assert isinstance(learned.blocks[1][0].shortcut, mz.LearnedGroupConv2d)
     mz.check_equivalent(learned, mz.optimize_for_inference(learned), torch.randn(2, 3, 32, 32), tolerance=1e-4)
-
-
-def test_a_rewritten_network_has_a_profile():
-    """Folding adds biases and takes BatchNorm away; the multiply-adds of a dense network stay."""
-    model = lively("mobilenetv1_w025_cifar100")
-    state = torch.get_rng_state()
-    plain, rewritten = mz.profile(model), mz.profile(mz.optimize_for_inference(model))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert rewritten.macs == plain.macs
-    assert 0.9 * plain.params < rewritten.params < plain.params
-
-
-@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_lgc_cifar100"])
-@torch.no_grad()
-def test_a_rewritten_network_can_be_traced(name):
-    network, x = mz.optimize_for_inference(lively(name)), torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(torch.jit.trace(network, x)(x), network(x))
