@@ -4,13 +4,10 @@ import importlib
 import re
 import shlex
 from pathlib import Path
-from unittest.mock import create_autospec
 
 import pytest
 from conftest import ROOT
 from PIL import Image
-
-import mobilenets_zoo as mz
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -30,8 +27,6 @@ def test_code_runs_as_shown(path, run, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     Image.new("RGB", (50, 40), "green").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    if path.name == "finetuning.md":  # its two exports take long; test_onnx and test_lgc_models export such networks
-        monkeypatch.setattr(mz, "export_onnx", create_autospec(mz.export_onnx))
     names: dict[str, object] = {"__name__": path.stem}
     ran = 0
     for language, code in blocks(path):
