@@ -1,10 +1,6 @@
-"""Timings and generated tables: what is timed, counted and refused, and a model that has just been added."""
+"""Timings and generated tables: what is timed, counted and refused."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
 
 import latency
@@ -12,62 +8,12 @@ import pytest
 import tables
 import timm
 import torch
-from conftest import ROOT
 from latency import Cell, Form, Textbook
 from measuring import interleaved
 from report import latency_tables, model_tables, training_tables
 from torch import nn
 
 import mobilenets_zoo as mz
-
-TOY = '''
-
-@register_model
-def toy_cifar100(pretrained: bool = False, **kwargs: Any) -> MobileNetV1:
-    """A toy."""
-    return _create("toy_cifar100", pretrained, **dict(dict(width_mult=0.125), **kwargs))
-'''
-
-
-def test_a_new_model_needs_what_contributing_says_and_no_more(tmp_path):
-    """A function and a line in WEIGHTS: tables, list and info then show the model, without weights and times."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
-    for name in ("mobilenets_zoo", "benchmarks", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    shutil.copy(ROOT / "README.md", tmp_path)
-    family = tmp_path / "mobilenets_zoo" / "models" / "mobilenetv1.py"
-    text = family.read_text()
-    assert text.count("WEIGHTS = (\n") == 1
-    family.write_text(text.replace("WEIGHTS = (\n", 'WEIGHTS = (\n    "toy_cifar100.untrained",\n') + TOY)
-
-    def run(*command: str) -> str:
-        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        result = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    program = """
-import sys
-sys.path.insert(0, "benchmarks")
-import tables
-for path, text in tables.generated().items():
-    path.write_text(text)
-from report.figures import all_figures
-print(len(all_figures()))
-"""
-    assert int(run("-c", program)) > 3
-    assert "| `toy_cifar100` |" in (tmp_path / "README.md").read_text()
-    assert json.loads((tmp_path / "mobilenets_zoo" / "profiles.json").read_text())["toy_cifar100"]["ms"] is None
-    program = """
-from click.testing import CliRunner
-from mobilenets_zoo.cli import cli
-print(*(CliRunner().invoke(cli, [*words.split(), "--json"]).output for words in ("list", "info toy_cifar100")), sep="|")
-"""
-    models, info = map(json.loads, run("-c", program).split("|"))
-    rows = {row["name"]: row for row in models}
-    assert rows["toy_cifar100"]["weights"] is None
-    assert rows["toy_cifar100"]["params"] < rows["mobilenetv1_w025_cifar100"]["params"]
-    assert info["description"] == "A toy."
 
 
 def test_timings_of_other_weights_fail_the_check(monkeypatch, capsys):

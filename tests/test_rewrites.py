@@ -84,28 +84,6 @@ def test_dead_channels_go_and_groups_stay_equal(groups, simd, monkeypatch):
     assert rewrites.remove_dead_hidden(layers) is layers
 
 
-@pytest.mark.parametrize("merge", [1, 2, 4])
-def test_merged_groups_compute_the_same(merge):
-    layers = hidden_layers(groups=4)
-    merged = replace(layers, expansion=rewrites.merge_groups(layers.expansion, merge))
-    assert merged.expansion.groups == 4 // merge
-    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(run(merged, x), run(layers, x))
-    merged = replace(layers, projection=rewrites.merge_groups(layers.projection, merge))
-    torch.testing.assert_close(run(merged, x), run(layers, x))
-
-
-@pytest.mark.parametrize("read_twice", [False, True])
-def test_spreading_needs_no_gather(read_twice):
-    layers = hidden_layers(groups=1)
-    if read_twice:
-        layers.projection.index[:2] = layers.projection.index[0]
-    spread = replace(layers, projection=rewrites.spread_over_inputs(layers.projection, 96))
-    assert (spread.projection.index, spread.projection.groups) == (None, 1)
-    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(run(spread, x), run(layers, x))
-
-
 def test_groups_of_blocked_expansions_stay_blocked():
     layers = hidden_layers(groups=2, inputs=32, hidden=192)
     rewritten = rewrites.remove_dead_hidden(layers)
@@ -113,17 +91,6 @@ def test_groups_of_blocked_expansions_stay_blocked():
     assert len(rewritten.expansion.weight) % (2 * rewrites.SIMD_CHANNELS) == 0
     x = torch.randn(2, 32, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(run(rewritten, x), run(layers, x))
-
-
-def test_a_shuffle_becomes_the_reading_order():
-    layers = hidden_layers(groups=4)
-    layers = replace(layers, projection=replace(layers.projection, index=None))
-    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    expansion, depthwise, projection = layers.expansion, layers.depthwise, layers.projection
-    hidden = nn.ChannelShuffle(4)(F.conv2d(x, expansion.weight, expansion.bias, groups=4))
-    hidden = F.conv2d(hidden, depthwise.weight, depthwise.bias, padding=1, groups=96)
-    expected = F.conv2d(hidden, projection.weight, projection.bias, groups=4)
-    torch.testing.assert_close(run(rewrites.absorb_shuffle(layers, 4), x), expected)
 
 
 @pytest.mark.parametrize(
