@@ -65,7 +65,7 @@ class Cell:
 
 EAGER_CELLS = (Cell("eager", 1, 1),)
 ORT_CELLS = (
-    *(Cell("onnxruntime", threads, batch) for threads, batch in ((1, 1), (2, 1), (1, 64))),
+    *(Cell("onnxruntime", 1, batch) for batch in (1, 64)),
     Cell("onnxruntime", 1, 1, "int8"),
 )
 

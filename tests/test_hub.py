@@ -182,7 +182,7 @@ def test_the_card_says_what_a_visitor_needs(entry, folders):
     created = entry.name if entry == OTHER else entry.model
     code = card.text[card.text.index("```python") :].splitlines()
     assert code[1].startswith("import timm, mobilenets_zoo")
-    assert code[2] == f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()'
+    assert code[3] == f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()'
     for text in (f"{entry.params:,}", f"{entry.macs:,}", entry.sha256, entry.recipe, f'create_model("{created}"'):
         assert text in card.text
     assert ("condensed=False" in card.text) == (entry == LEARNED)

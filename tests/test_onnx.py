@@ -171,6 +171,7 @@ def some_cifar100(cifar100, tmp_path_factory) -> Path:
 
 
 @pytest.mark.cifar100
+@pytest.mark.slow
 def test_int8_loses_little_on_some_images(run, tmp_path, some_cifar100):
     check_int8(run, WEIGHTS, tmp_path / "int8.onnx", some_cifar100, same_images=False)
 

@@ -116,6 +116,7 @@ def test_ratios_are_taken_within_a_pass(monkeypatch):
     assert latency_tables._ratio("fast", "plain", cell | dict(batch=64)) == "-"
 
 
+@pytest.mark.slow
 def test_run_writes_one_document(tmp_path, monkeypatch):
     """The fastest form alone, exported in this process."""
     pytest.importorskip("onnxscript")

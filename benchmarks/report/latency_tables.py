@@ -10,13 +10,12 @@ __all__ = ["DEPLOYED", "NARROW", "int8_table", "not_shipped", "summary_table", "
 
 FP32: dict[str, Any] = dict(runtime="onnxruntime", precision="fp32")
 FP32_CELLS = {
-    "1 thread, batch 1": FP32 | dict(threads=1, batch=1),
-    "2 threads, batch 1": FP32 | dict(threads=2, batch=1),
-    "1 thread, batch 64": FP32 | dict(threads=1, batch=64),
+    "batch 1": FP32 | dict(threads=1, batch=1),
+    "batch 64": FP32 | dict(threads=1, batch=64),
 }
 EAGER = dict(runtime="eager", threads=1, batch=1)
 # How the tables of models time one.
-DEPLOYED = FP32_CELLS["1 thread, batch 1"] | dict(form="optimized")
+DEPLOYED = FP32_CELLS["batch 1"] | dict(form="optimized")
 NARROW = "mobilenetv2_cifar100, width_mult=0.55"  # the dense network with as many multiply-adds as grouped ones
 # What condensing buys: the time of REFERENCE over that of each of these.
 REFERENCE = dict(model="mobilenetv2_cifar100", form="plain")
@@ -53,7 +52,7 @@ def summary_table() -> str:
         ratios = [_ratio(model, form, cell) for cell in FP32_CELLS.values()]
         macs = _macs(timed(model=model, form=form, **FP32))
         rows.append([_code(model), form, macs, *ratios])
-    env, base = latency()["environment"], _ms(timed(**REFERENCE, **FP32_CELLS["1 thread, batch 1"]))
+    env, base = latency()["environment"], _ms(timed(**REFERENCE, **FP32_CELLS["batch 1"]))
     source = f"1.00 is {base} ms an image on one thread: {env['device']}, ONNX Runtime {env['onnxruntime']}."
     return f"{markdown(['model', 'form', 'MACs (M)', *FP32_CELLS], rows)}\n\n{source}"
 
@@ -79,7 +78,7 @@ def timings_table() -> str:
 
 
 def int8_table() -> str:
-    cell = FP32_CELLS["1 thread, batch 1"]
+    cell = FP32_CELLS["batch 1"]
     rows = []
     for model in dict.fromkeys(row["model"] for row in latency()["rows"] if row["precision"] == "int8"):
         plain, dense = (
