@@ -27,7 +27,7 @@ __all__ = ["LayerPruning", "PruningReport", "prune_groups"]
 # Positions of a feature map that are looked at, per axis: neighbours say nearly the same.
 GRID = 8
 # Positions per input that are enough for a layer: one with few inputs looks at every nth batch only.
-ENOUGH = 64
+ENOUGH = 128
 # Pixels in a batch, where the images come as one tensor.
 BATCH_PIXELS = 2**15
 # Added to an input's second moment, as a share of itself and of the layer's mean.
@@ -70,6 +70,7 @@ def prune_groups(
     images: Union[torch.Tensor, Iterable[Any]],
     inputs: Union[int, Callable[[LearnedGroupConv2d], int], None] = None,
     teacher: Optional[nn.Module] = None,
+    sharing: float = 0.0,
 ) -> PruningReport:
     """Prunes all learned group convolutions of a model at once, in place, with calibration images and no labels.
 
@@ -86,6 +87,9 @@ def prune_groups(
         inputs: how many inputs each group keeps, or a function of the layer that returns it; by default
             in_channels / condense_factor.
         teacher: a network with layers of the same names whose outputs are the target; by default the model as it is.
+        sharing: above 0, inputs that other groups still read are dropped later than others, by how much the error grows
+            times the number of groups to this power. More channels are read by nobody then, and go when the network is
+            optimized: less time for more error.
 
     Raises:
         ValueError: no learned layer, one that doesn't run or that the teacher lacks, `inputs` out of range, images of
@@ -117,7 +121,8 @@ def prune_groups(
             teacher.eval()
             for name, (calls, every, norms) in _survey(model, layers, images).items():
                 batches = islice(images, 0, None, every)
-                rows[name] = _prune(layers[name], counts[name], norms, _moments(name, model, teacher, calls, batches))
+                moments = _moments(name, model, teacher, calls, batches)
+                rows[name] = _prune(layers[name], counts[name], norms, sharing, moments)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -142,7 +147,8 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, cal
     trace: list[Call] = []
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        trace.append((module, args[0], output))
+        # Copies, because an activation in place may follow; only the very tensors tell what follows what.
+        trace.append((module, args[0].clone(), output.clone()) if calls else (module, args[0], output))
         if len(trace) == calls:
             raise _LastCall
 
@@ -225,7 +231,7 @@ def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batche
     return second / positions, cross / positions, moments[-1] / positions
 
 
-def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], moments: Moments) -> LayerPruning:
+def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], sharing: float, moments: Moments) -> LayerPruning:
     """Drops inputs until each group keeps `count`; refits the weight, and the bias or the running means of `norms`."""
     second, cross, power = moments
 
@@ -238,7 +244,7 @@ def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], moments: Mom
     magnitude_error = error(torch.cat([magnitude, bias[:, None]], 1))
 
     keep = F.pad(layer.mask, (0, 1), value=layer.bias is not None or bool(norms))
-    weight = _choose_and_fit(keep, count, second, cross.unflatten(0, (layer.groups, -1))).flatten(0, 1)
+    weight = _choose_and_fit(keep, count, sharing, second, cross.unflatten(0, (layer.groups, -1))).flatten(0, 1)
     layer.mask.copy_(keep[:, :-1])
     layer.weight.copy_(weight[:, :-1, None, None])
     if layer.bias is not None:
@@ -248,7 +254,9 @@ def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], moments: Mom
     return LayerPruning(tuple(layer.mask.sum(1).tolist()), error(weight), magnitude_error)
 
 
-def _choose_and_fit(keep: torch.Tensor, count: int, second: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+def _choose_and_fit(
+    keep: torch.Tensor, count: int, sharing: float, second: torch.Tensor, cross: torch.Tensor
+) -> torch.Tensor:
     """Drops inputs in `keep`, (G, I + 1), until each group has `count`; returns the best weight, (G, O / G, I + 1).
 
     `second` and `cross` are the means of x x^T, (I + 1, I + 1), and of y x^T by group, (G, O / G, I + 1).
@@ -271,6 +279,7 @@ def _choose_and_fit(keep: torch.Tensor, count: int, second: torch.Tensor, cross:
     for step in range(steps):
         # By how much the group's squared error grows when its other weights may follow.
         growth = (weight.square().sum(1) / diagonal)[:, :-1]
+        growth *= mask.sum(0) ** sharing
         least = growth.masked_fill(~mask, torch.inf).argmin(1)
         due = mask.sum(1) > count  # a group may have begun with fewer inputs than others
         past = factors[:, :step]
