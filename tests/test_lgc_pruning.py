@@ -160,6 +160,17 @@ def test_dropped_inputs_stay_dropped():
     assert layer.masked_weight().equal(layer.weight)
 
 
+def test_sharing_makes_groups_agree():
+    torch.manual_seed(0)
+    models = [nn.Sequential(mz.LearnedGroupConv2d(32, 32)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images = correlated(16, 32)
+    errors = [mz.prune_groups(m, images, sharing=s).layers["0"].error for m, s in zip(models, (0.0, 2.0), strict=True)]
+    assert errors[0] < errors[1]
+    read = [model[0].mask.any(0).sum().item() for model in models]
+    assert 8 <= read[1] < read[0]
+
+
 def test_batches_teacher_and_half_precision():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 8, 1))
@@ -227,12 +238,12 @@ def test_two_processes_agree():
 
 @pytest.mark.slow
 @pytest.mark.cifar100
-def test_half_of_the_accuracy_stays(cifar100):
+def test_most_of_the_accuracy_stays(cifar100):
     dense = timm.create_model("mobilenetv2_cifar100", pretrained=True)
-    model = timm.create_model("mobilenetv2_lgc_cifar100")
+    model = timm.create_model("mobilenetv2_lgc_proj_cifar100")
     model.load_state_dict(mz.pretrained.checkpoint_filter_fn(dense.state_dict(), model))
     data = mz.data.load_images(cifar100, "train")
     mean, std = dense.pretrained_cfg["mean"], dense.pretrained_cfg["std"]
-    mz.prune_groups(model, preprocess(torch.from_numpy(data.images[:256]), mean, std))
+    mz.prune_groups(model, preprocess(torch.from_numpy(data.images[:128]), mean, std))
     held_out = data.subset(slice(-1000, None))
-    assert mz.evaluation.evaluate(model, held_out).top1 > 0.45 * mz.evaluation.evaluate(dense, held_out).top1
+    assert mz.evaluation.evaluate(model, held_out).top1 > 0.65 * mz.evaluation.evaluate(dense, held_out).top1
