@@ -12,6 +12,7 @@ from mobilenets_zoo.inference.optimize import optimize_for_inference
 from mobilenets_zoo.lgc.condense import check_equivalent, condense, learned_layers
 from mobilenets_zoo.lgc.convert import ConversionReport, to_learned_group_conv
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.lgc.pruning import LayerPruning, PruningReport, prune_groups
 from mobilenets_zoo.lgc.schedule import CondenseSchedule, group_lasso
 from mobilenets_zoo.models import MobileNetV1, MobileNetV2
 from mobilenets_zoo.pretrained import WeightsError, manifest, save_weights
@@ -24,11 +25,13 @@ __all__ = [
     "CondenseSchedule",
     "CondensedConv2d",
     "ConversionReport",
+    "LayerPruning",
     "LearnedGroupConv2d",
     "MobileNetV1",
     "MobileNetV2",
     "OnnxClassifier",
     "Profile",
+    "PruningReport",
     "WeightsError",
     "catalogue",
     "check_equivalent",
@@ -46,6 +49,7 @@ __all__ = [
     "pretrained",
     "profile",
     "profiling",
+    "prune_groups",
     "save_weights",
     "to_learned_group_conv",
 ]

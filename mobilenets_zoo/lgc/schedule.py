@@ -1,12 +1,14 @@
 """Training learned group convolutions: the pruning schedule and the group lasso (CondenseNet, section 3.2)."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 
 from mobilenets_zoo.lgc.condense import learned_layers
 from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
+from mobilenets_zoo.lgc.pruning import prune_groups
 
 __all__ = ["CondenseSchedule", "group_lasso"]
 
@@ -32,12 +34,15 @@ class CondenseSchedule:
 
     Args:
         model: any model with `LearnedGroupConv2d` layers.
+        images: as for `prune_groups`, which then takes each stage and refits the kept weights to what the layers put
+            out before it; by default inputs go by the sum of absolute weights, and weights stay as they are.
 
     Raises:
         ValueError: the model has none.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, images: Optional[Union[torch.Tensor, Iterable[Any]]] = None):
+        self.model, self.images = model, images
         self.layers = learned_layers(model)
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to schedule")
@@ -54,12 +59,14 @@ class CondenseSchedule:
             True if a mask changed.
 
         Raises:
-            ValueError: `progress` outside [0, 1], or weights that aren't finite.
+            ValueError: `progress` outside [0, 1], weights that aren't finite, or what `prune_groups` raises.
         """
         if not self.due(progress):
             return False
         self.progress = float(progress)
         before = [layer.mask.clone() for layer in self.layers.values()]
+        if self.images is not None:
+            prune_groups(self.model, self.images, lambda layer: self._inputs(layer, self.progress))
         for layer in self.layers.values():
             layer.prune_(self._inputs(layer, self.progress))
         return any(not torch.equal(old, layer.mask) for old, layer in zip(before, self.layers.values(), strict=True))

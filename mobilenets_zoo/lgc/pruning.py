@@ -1,0 +1,294 @@
+"""Learned groups without training: inputs chosen by the error that dropping them makes, kept weights refitted.
+
+A group drops inputs one by one as in Optimal Brain Surgeon (Hassibi and Stork, 1993), which Optimal Brain Compression
+(https://arxiv.org/abs/2208.11580) applies layer by layer. The target is the output of the unpruned network, so that a
+layer makes up for what the layers before it have lost, as in Channel Pruning (https://arxiv.org/abs/1707.06168).
+
+Notation: x is a layer's input at one position of a feature map in the network pruned so far, with a 1 behind it for
+the bias: (I + 1,). y is the layer's output there in the unpruned network: (O,). G groups.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Optional, Union
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from mobilenets_zoo.lgc.condense import learned_layers
+from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
+
+__all__ = ["LayerPruning", "PruningReport", "prune_groups"]
+
+# Positions of a feature map that are looked at, per axis: neighbours say nearly the same.
+GRID = 8
+# Positions per input that are enough for a layer: one with few inputs looks at every nth batch only.
+ENOUGH = 128
+# Pixels in a batch, where the images come as one tensor: on a CPU, maps that malloc takes from the heap are faster.
+BATCH_PIXELS = {"cpu": 2**14, "cuda": 2**20}
+# Added to an input's second moment, as a share of itself and of the layer's mean.
+RIDGE = (1e-4, 1e-6)
+
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """What `prune_groups` did to a layer: the inputs that each group keeps, and the squared error of the outputs.
+
+    Errors are measured on the calibration images and divided by the variance of the outputs. `magnitude_error` is
+    what `LearnedGroupConv2d.prune_` would have had in this layer.
+    """
+
+    inputs: tuple[int, ...]
+    error: float
+    magnitude_error: float
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune_groups` did, by layer, in the order in which the layers run."""
+
+    layers: dict[str, LayerPruning]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.layers))
+        lines = [f"{'layer':{width}}  inputs   error  by magnitude"]
+        for name, row in self.layers.items():
+            lines.append(f"{name:{width}}  {max(row.inputs):6}  {row.error:6.3f}  {row.magnitude_error:12.3f}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def prune_groups(
+    model: nn.Module,
+    images: Union[torch.Tensor, Iterable[Any]],
+    inputs: Union[int, Callable[[LearnedGroupConv2d], int], None] = None,
+    teacher: Optional[nn.Module] = None,
+    sharing: float = 0.0,
+) -> PruningReport:
+    """Prunes all learned group convolutions of a model at once, in place, with calibration images and no labels.
+
+    Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
+    its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
+    that follows. Dropped inputs never return. Training flags and random state stay as they are. Memory holds the
+    second moments of one layer. With torch.distributed initialised, all processes call this alike, each with images of
+    its own, and get the same masks and weights.
+
+    Args:
+        model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
+        images: (N, C, H, W), normalised as in training, or an iterable of such batches, or of tuples that start with
+            one, such as a DataLoader. It is iterated many times.
+        inputs: how many inputs each group keeps, or a function of the layer that returns it; by default
+            in_channels / condense_factor.
+        teacher: a network with layers of the same names whose outputs are the target; by default the model as it is.
+        sharing: above 0, inputs that other groups still read are dropped later than others, by how much the error grows
+            times the number of groups to this power. More channels are read by nobody then, and go when the network is
+            optimized: less time for more error.
+
+    Raises:
+        ValueError: no learned layer, one that doesn't run or that the teacher lacks, `inputs` out of range, images of
+            another form or fewer than a layer needs, activations that aren't finite.
+    """
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    teacher = copy.deepcopy(model) if teacher is None else teacher
+    layers = learned_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to prune")
+    if isinstance(images, torch.Tensor):
+        pixels = BATCH_PIXELS.get(next(model.parameters()).device.type, 2**14)
+        images = images.split(max(1, pixels // max(1, images.shape[-2:].numel())))
+    elif isinstance(images, Iterator):
+        raise ValueError("an iterator gives its images once and they are needed many times: make it a list")
+    counts = {}
+    for name, layer in layers.items():
+        count = layer.in_channels // layer.condense_factor if inputs is None else inputs
+        counts[name] = count(layer) if callable(count) else count
+        if not 1 <= counts[name] <= layer.in_channels:
+            raise ValueError(f"{name}: inputs must be in 1...{layer.in_channels}, not {counts[name]}")
+        if name not in dict(teacher.named_modules()):
+            raise ValueError(f"the teacher has no layer {name}")
+
+    rows = {}
+    flags = {module: module.training for network in (model, teacher) for module in network.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed whenever it is iterated
+            model.eval()
+            teacher.eval()
+            for name, (calls, every, norms) in _survey(model, layers, images).items():
+                batches = islice(images, 0, None, every)
+                moments = _moments(name, model, teacher, calls, batches)
+                rows[name] = _prune(layers[name], counts[name], norms, sharing, moments)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    return PruningReport(rows)
+
+
+def _load(batches: Iterable[Any], weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields the images of each batch, with the device and dtype of a weight."""
+    for batch in batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
+            raise ValueError("images must be floating-point (N, C, H, W), normalised as in training")
+        yield images.to(weight)
+
+
+class _LastCall(Exception):
+    """Ends a forward pass behind the last call that is looked at."""
+
+
+def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, take: Callable, calls: int = 0) -> list:
+    """Runs a network and returns what `take` makes of each call (module, input, output) of some modules.
+
+    With `calls`, the network runs no further than that many calls.
+    """
+    trace: list[Any] = []
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        trace.append(take(module, args[0], output))
+        if len(trace) == calls:
+            raise _LastCall
+
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        network(images)
+    except _LastCall:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _positions(maps: torch.Tensor) -> torch.Tensor:
+    """Copies the values at an even grid of positions: (N, C, H, W) to (N * positions, C), in float32 or float64."""
+    rows, columns = (-(-size // GRID) for size in maps.shape[2:])
+    maps = maps[:, :, rows // 2 :: rows, columns // 2 :: columns].movedim(1, 3).flatten(0, 2)
+    return maps.to(torch.promote_types(maps.dtype, torch.float32), copy=True)  # an activation in place may follow
+
+
+def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) -> dict[str, tuple[int, int, list[Any]]]:
+    """Counts the images and runs one; returns for each layer, in the order in which they run, how it is used.
+
+    That is its calls, n where every nth batch is enough, and, where it has no bias, the BatchNorm behind each call.
+    """
+    weight = next(iter(layers.values())).weight
+    images = int(_sum_over_processes(weight.new_tensor(sum(map(len, _load(batches, weight))), dtype=torch.int64)))
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    first = next(_load(batches, weight), None)
+    if first is None:
+        raise ValueError("there are no images to calibrate with")
+    trace = _trace(model, [*layers.values(), *norms], first[:1], lambda *call: call)
+    order = [module for module, _, _ in trace]
+    if silent := [name for name, layer in layers.items() if layer not in order]:
+        raise ValueError(f"{silent[0]} doesn't run in eval mode, so images can't tell which inputs it needs")
+
+    positions = {name: sum(len(_positions(y)) for m, _, y in trace if m is layer) for name, layer in layers.items()}
+    needed, name = max((-(-layers[name].in_channels // positions[name]), name) for name in layers)
+    if images < needed:
+        raise ValueError(
+            f"{images} images are too few for the {layers[name].in_channels} inputs of {name}, which has "
+            f"{positions[name]} positions in an image; give at least {needed}, better ten times as many"
+        )
+    uses = {}
+    for name, layer in sorted(layers.items(), key=lambda item: order.index(item[1])):
+        outputs = [y for module, _, y in trace if module is layer]
+        followers = [m for m, x, _ in trace if order.count(m) == 1 and any(x is y for y in outputs)]
+        own = len(followers) == len(outputs) and all(getattr(m, "running_mean", None) is not None for m in followers)
+        every = max(1, images * positions[name] // (ENOUGH * layer.in_channels))
+        uses[name] = len(outputs), every, followers if own and layer.bias is None else []
+    return uses
+
+
+def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batches: Iterable[Any]) -> Moments:
+    """Returns the means of x x^T, (I + 1, I + 1), of y x^T, (O, I + 1), and of y^T y, (), in float64."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LearnedGroupConv2d)
+    target = teacher.get_submodule(name)
+    size, outputs, stride = layer.in_channels + 1, layer.out_channels, layer.stride
+    moments = layer.weight.new_zeros((size + outputs) * size + 1, dtype=torch.float64)
+    for images in _load(batches, layer.weight):
+        x = torch.cat(_trace(model, [layer], images, lambda _, x, y: _positions(x[:, :, ::stride, ::stride]), calls))
+        y = torch.cat(_trace(teacher, [target], images, lambda _, x, y: _positions(y), calls))
+        if y.shape != (len(x), outputs):
+            raise ValueError(f"{name}: the teacher's layer has outputs of another shape")
+        x = F.pad(x, (0, 1), value=1.0)
+        moments[:-1] += (torch.cat([x, y], 1).T @ x).flatten()
+        moments[-1] += y.square().sum()
+    if not _sum_over_processes(moments).isfinite().all():
+        raise ValueError(f"{name}: its inputs or outputs are not finite on the calibration images")
+    second, cross = moments[:-1].reshape(-1, size).split([size, outputs])
+    positions = second[-1, -1]
+    return second / positions, cross / positions, moments[-1] / positions
+
+
+def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], sharing: float, moments: Moments) -> LayerPruning:
+    """Drops inputs until each group keeps `count`; refits the weight, and the bias or the running means of `norms`."""
+    second, cross, power = moments
+
+    def error(weight: torch.Tensor) -> float:
+        squares = ((weight @ second - 2.0 * cross) * weight).sum() + power
+        return (squares / (power - cross[:, -1].square().sum())).item()
+
+    magnitude = copy.deepcopy(layer).prune_(count).masked_weight().flatten(1).double()
+    bias = magnitude.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.double()
+    magnitude_error = error(torch.cat([magnitude, bias[:, None]], 1))
+
+    keep = F.pad(layer.mask, (0, 1), value=layer.bias is not None or bool(norms))
+    weight = _choose_and_fit(keep, count, sharing, second, cross.unflatten(0, (layer.groups, -1))).flatten(0, 1)
+    layer.mask.copy_(keep[:, :-1])
+    layer.weight.copy_(weight[:, :-1, None, None])
+    if layer.bias is not None:
+        layer.bias.copy_(weight[:, -1])
+    for norm in norms:
+        norm.running_mean -= weight[:, -1]
+    return LayerPruning(tuple(layer.mask.sum(1).tolist()), error(weight), magnitude_error)
+
+
+def _choose_and_fit(
+    keep: torch.Tensor, count: int, sharing: float, second: torch.Tensor, cross: torch.Tensor
+) -> torch.Tensor:
+    """Drops inputs in `keep`, (G, I + 1), until each group has `count`; returns the best weight, (G, O / G, I + 1).
+
+    `second` and `cross` are the means of x x^T, (I + 1, I + 1), and of y x^T by group, (G, O / G, I + 1).
+    """
+    ridge = RIDGE[0] * second.diagonal() + RIDGE[1] * second.diagonal().mean()
+
+    def fit() -> tuple[torch.Tensor, torch.Tensor]:
+        # What is dropped becomes a row and a column of the identity matrix.
+        kept = keep.unsqueeze(1) & keep.unsqueeze(2)
+        inverse = torch.linalg.inv(second * kept + torch.diag_embed(torch.where(keep, ridge, 1.0)))
+        return (cross * keep.unsqueeze(1)) @ inverse, inverse
+
+    weight, inverse = fit()
+    # The inverse loses a rank with each input. Only its diagonal is kept up to date; a row is computed when it is
+    # needed: the inverse is by then what it was at first less factors^T factors.
+    diagonal = inverse.diagonal(dim1=1, dim2=2).clone()
+    mask, each = keep[:, :-1], torch.arange(len(keep), device=keep.device)
+    steps = max(0, int(mask.sum(1).max()) - count)
+    factors = inverse.new_zeros(len(keep), steps, len(second))
+    for step in range(steps):
+        # By how much the group's squared error grows when its other weights may follow.
+        growth = (weight.square().sum(1) / diagonal)[:, :-1]
+        growth *= mask.sum(0) ** sharing
+        least = growth.masked_fill(~mask, torch.inf).argmin(1)
+        due = mask.sum(1) > count  # a group may have begun with fewer inputs than others
+        past = factors[:, :step]
+        row = inverse[each, least] - torch.einsum("gs,gsi->gi", past[each, :, least], past)
+        pivot = row[each, least].sqrt().unsqueeze(1)
+        factors[:, step] = factor = row / pivot * due.unsqueeze(1)
+        weight -= (weight[each, :, least] / pivot).unsqueeze(2) * factor.unsqueeze(1)
+        diagonal -= factor.square()
+        mask[each, least] &= ~due
+    return fit()[0]

@@ -1,0 +1,249 @@
+"""Pruning learned groups with calibration images: what is kept, what is refitted, and what stays as it was."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import LGC_MODELS, ROOT, with_lively_statistics
+from torch import nn
+
+import mobilenets_zoo as mz
+from mobilenets_zoo.evaluation import preprocess
+
+
+def correlated(count: int, channels: int, size: int = 6) -> torch.Tensor:
+    """Maps whose channels depend on one another, differ in scale and aren't centred, as behind a ReLU."""
+    x = torch.randn(count, channels, size, size + 2)
+    x = torch.einsum("oi,nihw->nohw", torch.randn(channels, channels) / channels**0.5, x)
+    return x * torch.logspace(-1, 1, channels)[:, None, None] + torch.randn(channels, 1, 1)
+
+
+def relative_error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        actual, expected = model(x), reference(x)
+    return ((actual - expected).square().sum() / (expected - expected.mean(0)).square().sum()).item()
+
+
+def by_magnitude(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for layer in mz.learned_layers(model).values():
+        layer.prune_(layer.in_channels // layer.condense_factor)
+    return model
+
+
+def is_finished(model: nn.Module) -> bool:
+    return all((m.mask.sum(1) == m.in_channels // m.condense_factor).all() for m in mz.learned_layers(model).values())
+
+
+@pytest.mark.parametrize("name", LGC_MODELS)
+def test_zoo_networks(name):
+    model = with_lively_statistics(timm.create_model(name, width_mult=0.25, expand_ratio=2))
+    images = torch.randn(24, 3, 16, 16)
+    model.head_conv.train()
+    random_state, flags = torch.get_rng_state(), [m.training for m in model.modules()]
+    report = mz.prune_groups(model, images)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [m.training for m in model.modules()] == flags
+    assert is_finished(model)
+    assert list(report.layers) == list(mz.learned_layers(model))
+    for row in report.layers.values():
+        assert row.error < row.magnitude_error
+    mz.check_equivalent(model.eval(), mz.condense(model), images[:2])
+    assert len(str(report).splitlines()) == 1 + len(report.layers)
+
+
+def pointwise(name: str, module: nn.Conv2d) -> bool:
+    """Leaves out what sees one position of an image or needs more images than a quick test has."""
+    return module.in_channels <= 128 and not any(part in name for part in (".se.", "head"))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "resnet26", "densenet121", "mobilenet_v2"])
+def test_converted_networks(name):
+    torch.manual_seed(0)
+    source = torchvision.models.mobilenet_v2(num_classes=10) if name == "mobilenet_v2" else timm.create_model(name)
+    model, report = mz.to_learned_group_conv(source.eval(), match=pointwise, input_size=(3, 64, 64))
+    pruned = mz.prune_groups(model, torch.randn(32, 3, 64, 64))
+    assert set(pruned.layers) == set(report.converted)
+    assert is_finished(model)
+    errors = [(row.error, row.magnitude_error) for row in pruned.layers.values()]
+    assert sum(error for error, _ in errors) < sum(error for _, error in errors)
+
+
+class Everything(nn.Module):
+    """Strides, biases, BatchNorm, a layer that runs twice, and layers that run in another order than they are in."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = mz.LearnedGroupConv2d(32, 16, bias=True)
+        self.shared = mz.LearnedGroupConv2d(32, 32)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(32), nn.BatchNorm2d(32)])
+        self.again = mz.LearnedGroupConv2d(32, 32)
+        self.strided = mz.LearnedGroupConv2d(16, 32, 2, 4, stride=2, bias=True)
+
+    def forward(self, x):
+        x = self.strided(x).relu()
+        for norm in self.norms:
+            x = x + norm(self.shared(x)).relu()
+            x = x + self.again(x).relu_()
+        return self.last(x)
+
+
+def test_stride_bias_and_shared_layers():
+    torch.manual_seed(0)
+    model = Everything().double().eval()
+    nn.init.normal_(model.strided.bias)
+    dense, magnitude = copy.deepcopy(model), by_magnitude(model)
+    images = correlated(40, 16, size=9).double()
+    report = mz.prune_groups(model, images)
+    assert list(report.layers) == ["strided", "shared", "again", "last"]
+    assert relative_error(model, dense, images) < 0.5 * relative_error(magnitude, dense, images)
+    assert not torch.equal(model.norms[0].running_mean, dense.norms[0].running_mean)
+    assert torch.equal(model.norms[0].running_var, dense.norms[0].running_var)
+
+
+def test_the_mean_output_stays():
+    """Least squares with a bias leaves no mean error; without one, the BatchNorm behind the layer makes up for it."""
+    torch.manual_seed(0)
+    images = correlated(32, 16).double()
+    learned = [mz.LearnedGroupConv2d(16, 8, bias=True), mz.LearnedGroupConv2d(16, 8)]
+    for model in (nn.Sequential(learned[0]), nn.Sequential(learned[1], nn.BatchNorm2d(8))):
+        model.double().eval()
+        mean = model(images).mean((0, 2, 3))
+        mz.prune_groups(model, images)
+        torch.testing.assert_close(model(images).mean((0, 2, 3)), mean, rtol=0, atol=1e-2)
+
+
+def reference_mask(x: torch.Tensor, y: torch.Tensor, groups: int, count: int) -> torch.Tensor:
+    """Drops, one by one, the input without which the refitted group's squared error is least: by trying all."""
+    mask = torch.ones(groups, x.shape[1], dtype=torch.bool)
+    for kept, target in zip(mask, y.chunk(groups, 1), strict=True):
+        while kept.sum() > count:
+            errors = torch.full((len(kept),), torch.inf, dtype=x.dtype)
+            for i in kept.nonzero()[:, 0]:
+                trial = kept.clone()
+                trial[i] = False
+                solution = torch.linalg.lstsq(x[:, trial], target).solution
+                errors[i] = (x[:, trial] @ solution - target).square().sum()
+            kept[errors.argmin()] = False
+    return mask
+
+
+def test_each_step_drops_the_input_that_costs_least():
+    torch.manual_seed(1)
+    layer = mz.LearnedGroupConv2d(12, 8, 2, 3).double()
+    images = correlated(50, 12, size=4).double()
+    x = images.permute(0, 2, 3, 1).reshape(-1, 12)
+    y = x @ layer.weight.detach().flatten(1).T
+    row = mz.prune_groups(nn.Sequential(layer), images).layers["0"]
+    assert torch.equal(layer.mask, reference_mask(x, y, 2, 4))
+    kept = [torch.linalg.lstsq(x[:, m], t).solution.T for m, t in zip(layer.mask, y.chunk(2, 1), strict=True)]
+    weight = torch.cat([rows[:, mask[mask]] for rows, mask in zip(kept, layer.mask, strict=True)])
+    torch.testing.assert_close(mz.LearnedGroupConv2d.condense(layer).weight.flatten(1), weight, rtol=1e-2, atol=1e-3)
+    error = (x @ layer.masked_weight().detach().flatten(1).T - y).square().mean(0).sum() / y.var(0).sum()
+    assert row.error == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_dropped_inputs_stay_dropped():
+    torch.manual_seed(0)
+    layer = mz.LearnedGroupConv2d(16, 8)
+    layer.mask[0, :14] = False  # fewer than it may keep
+    layer.mask[1, 3:8] = False
+    before = layer.mask.clone()
+    report = mz.prune_groups(nn.Sequential(layer), correlated(8, 16), inputs=4)
+    assert report.layers["0"].inputs == (2, 4, 4, 4)
+    assert not (layer.mask & ~before).any()
+    assert layer.masked_weight().equal(layer.weight)
+
+
+def test_sharing_makes_groups_agree():
+    torch.manual_seed(0)
+    models = [nn.Sequential(mz.LearnedGroupConv2d(32, 32)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images = correlated(16, 32)
+    errors = [mz.prune_groups(m, images, sharing=s).layers["0"].error for m, s in zip(models, (0.0, 2.0), strict=True)]
+    assert errors[0] < errors[1]
+    read = [model[0].mask.any(0).sum().item() for model in models]
+    assert 8 <= read[1] < read[0]
+
+
+def test_batches_teacher_and_half_precision():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 8, 1))
+    images = correlated(20, 16)
+    learned, _ = mz.to_learned_group_conv(dense, input_size=(16, 6, 8))
+    models = [copy.deepcopy(learned) for _ in range(3)]
+    mz.prune_groups(models[0], images)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.zeros(20)), batch_size=7)
+    mz.prune_groups(models[1], loader, teacher=dense)
+    mz.prune_groups(models[2].bfloat16(), images)
+    for index in (0, 2):
+        assert torch.equal(models[0][index].mask, models[1][index].mask)
+        torch.testing.assert_close(models[0][index].weight, models[1][index].weight, rtol=1e-3, atol=1e-4)
+    assert models[2][0].weight.dtype == torch.bfloat16
+    assert relative_error(models[2].float(), dense, images) < 1.2 * relative_error(models[0], dense, images)
+
+
+def test_schedule_prunes_with_images():
+    torch.manual_seed(0)
+    model = Everything().eval()
+    dense, magnitude, images = copy.deepcopy(model), by_magnitude(model), correlated(40, 16, size=9)
+    schedule = mz.CondenseSchedule(model, images)
+    assert [schedule.step(progress) for progress in (0.1, 1 / 6, 0.3, 0.5, 1.0)] == [False, True, False, True, False]
+    assert is_finished(model)
+    assert relative_error(model, dense, images) < 0.5 * relative_error(magnitude, dense, images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(model=nn.Conv2d(16, 8, 1)), "no LearnedGroupConv2d"),
+        (
+            dict(images=torch.randn(1, 16, 1, 3)),
+            "1 images are too few for the 16 inputs of 0, which has 3 positions in an image; give at least 6,",
+        ),
+        (dict(images=torch.full((8, 16, 4, 4), torch.nan)), "not finite"),
+        (dict(images=torch.zeros(8, 16, 4, 4, dtype=torch.uint8)), "floating-point"),
+        (dict(images=torch.randn(16, 4, 4)), "floating-point"),
+        (dict(images=[]), "no images"),
+        (dict(images=iter([torch.randn(8, 16, 4, 4)])), "make it a list"),
+        (dict(inputs=17), "0: inputs must be in 1...16, not 17"),
+        (dict(inputs=lambda layer: 0), "not 0"),
+        (dict(teacher=nn.ReLU()), "teacher has no layer 0"),
+        (dict(teacher=nn.Sequential(nn.Conv2d(16, 4, 1))), "another shape"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    model = nn.Sequential(mz.LearnedGroupConv2d(16, 8))
+    arguments = dict(model=model, images=torch.randn(8, 16, 4, 4)) | arguments
+    with pytest.raises(ValueError, match=message) as error:
+        mz.prune_groups(**arguments)
+    assert "\n" not in str(error.value)
+    assert model[0].mask.all()
+
+
+def test_two_processes_agree():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "distributed_pruning.py"], cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("as with all images") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.cifar100
+def test_most_of_the_accuracy_stays(cifar100):
+    dense = timm.create_model("mobilenetv2_cifar100", pretrained=True)
+    model = timm.create_model("mobilenetv2_lgc_proj_cifar100")
+    model.load_state_dict(mz.pretrained.checkpoint_filter_fn(dense.state_dict(), model))
+    data = mz.data.load_images(cifar100, "train")
+    mean, std = dense.pretrained_cfg["mean"], dense.pretrained_cfg["std"]
+    mz.prune_groups(model, preprocess(torch.from_numpy(data.images[:128]), mean, std))
+    held_out = data.subset(slice(-1000, None))
+    assert mz.evaluation.evaluate(model, held_out).top1 > 0.65 * mz.evaluation.evaluate(dense, held_out).top1
