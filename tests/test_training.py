@@ -51,10 +51,8 @@ ce_weight = 1
 kd_weight = 0
 """
 BASE = 'model = "mobilenetv1_w025_cifar100"\nsizes = [[0.4, 8], [0.6, 16]]' + SHORT
-LGC = (
-    'model = "mobilenetv2_lgc_cifar100"\nmodel_args = { width_mult = 0.25, expand_ratio = 2 }\nsizes = [[1.0, 8]]'
-    + SHORT
-)
+SMALL = "model_args = { width_mult = 0.25, expand_ratio = 2 }\nsizes = [[1.0, 8]]"
+LGC = f'model = "mobilenetv2_lgc_cifar100"\n{SMALL}' + SHORT
 
 
 def write_data(folder: Path, seed: int) -> Path:
@@ -62,14 +60,13 @@ def write_data(folder: Path, seed: int) -> Path:
     folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(seed)
     for split, per_class in (("train", 16), ("test", 4)):
-        images, labels = [], []
-        for label in np.repeat(np.arange(10), per_class):
+        images, labels = [], np.repeat(np.arange(10), per_class)
+        for label in labels:
             colour = np.array([label * 25, 255 - label * 25, (label * 77) % 256])
             pixels = (colour + generator.normal(0, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
             images.append({"bytes": buffer.getvalue(), "path": ""})
-            labels.append(int(label))
         pq.write_table(pa.table({"img": images, "label": labels}), folder / f"{split}-00000-of-00001.parquet")
     return folder
 
@@ -112,8 +109,7 @@ def run(recipe: Path | list[Path], data: Path, out: Path, *arguments: str) -> in
 
 def log(out: Path) -> list[dict[str, str]]:
     """The rows of a log, without run times."""
-    with open(out / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv.DictReader((out / "log.csv").read_text().splitlines())
     return [{name: row[name] for name in row if name not in ("seconds", "images_per_second")} for row in rows]
 
 
