@@ -26,8 +26,8 @@ __all__ = ["LayerPruning", "PruningReport", "prune_groups"]
 
 # Positions of a feature map that are looked at, per axis: neighbours say nearly the same.
 GRID = 8
-# Positions per input that are enough for a layer: one with few inputs looks at every nth batch only.
-ENOUGH = 128
+# Images and positions per input that are enough for a layer: one with few inputs looks at every nth batch only.
+ENOUGH_IMAGES, ENOUGH_POSITIONS = 256, 64
 # Pixels in a batch, where the images come as one tensor: on a CPU, maps that malloc takes from the heap are faster.
 BATCH_PIXELS = {"cpu": 2**14, "cuda": 2**20}
 # Added to an input's second moment, as a share of itself and of the layer's mean.
@@ -206,8 +206,8 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
         outputs = [y for module, _, y in trace if module is layer]
         followers = [m for m, x, _ in trace if order.count(m) == 1 and any(x is y for y in outputs)]
         own = len(followers) == len(outputs) and all(getattr(m, "running_mean", None) is not None for m in followers)
-        every = max(1, images * positions[name] // (ENOUGH * layer.in_channels))
-        uses[name] = len(outputs), every, followers if own and layer.bias is None else []
+        every = images // max(ENOUGH_IMAGES, ENOUGH_POSITIONS * layer.in_channels // positions[name])
+        uses[name] = len(outputs), max(1, every), followers if own and layer.bias is None else []
     return uses
 
 
