@@ -174,8 +174,9 @@ def test_the_folder_holds_three_files_and_loads(folders):
 def test_the_card_says_what_a_visitor_needs(entry, folders):
     """A second tag's card names the tag: the main branch holds the default weight."""
     card = ModelCard.load(folders(entry.model if entry != OTHER else entry.name) / "README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
-    assert (card.data.license, card.data.datasets) == ("mit", ["uoft-cs/cifar100"])
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("timm", "image-classification")
+    assert (data["license"], data["datasets"]) == ("mit", ["uoft-cs/cifar100"])
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values == {"Top-1 accuracy (%)": entry.top1, "Top-5 accuracy (%)": entry.top5}
     repo = f"mobilenets-zoo/{entry.model}" + (f"@{entry.tag}" if entry == OTHER else "")

@@ -210,6 +210,7 @@ def test_schedule_prunes_with_images():
         (dict(images=torch.zeros(8, 16, 4, 4, dtype=torch.uint8)), "floating-point"),
         (dict(images=torch.randn(16, 4, 4)), "floating-point"),
         (dict(images=[]), "no images"),
+        (dict(images=torch.randn(0, 16, 4, 4)), "no images"),
         (dict(images=iter([torch.randn(8, 16, 4, 4)])), "make it a list"),
         (dict(inputs=17), "0: inputs must be in 1...16, not 17"),
         (dict(inputs=lambda layer: 0), "not 0"),

@@ -187,7 +187,7 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
     images = int(_sum_over_processes(weight.new_tensor(sum(map(len, _load(batches, weight))), dtype=torch.int64)))
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     first = next(_load(batches, weight), None)
-    if first is None:
+    if first is None or not len(first):
         raise ValueError("there are no images to calibrate with")
     trace = _trace(model, [*layers.values(), *norms], first[:1], lambda *call: call)
     order = [module for module, _, _ in trace]
