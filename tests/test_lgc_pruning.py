@@ -42,6 +42,7 @@ def is_finished(model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", LGC_MODELS)
 def test_zoo_networks(name):
+    torch.manual_seed(0)
     model = with_lively_statistics(timm.create_model(name, width_mult=0.25, expand_ratio=2))
     images = torch.randn(24, 3, 16, 16)
     model.head_conv.train()
@@ -53,7 +54,8 @@ def test_zoo_networks(name):
     assert list(report.layers) == list(mz.learned_layers(model))
     for row in report.layers.values():
         assert row.error < row.magnitude_error
-    mz.check_equivalent(model.eval(), mz.condense(model), images[:2])
+    model.double()  # refitted weights are large here, and float32 would round what is being compared
+    mz.check_equivalent(model.eval(), mz.condense(model), images[:2].double())
     assert len(str(report).splitlines()) == 1 + len(report.layers)
 
 
