@@ -21,8 +21,6 @@ function fail(error) {
   $("status").textContent = "";
 }
 
-// ---- the picture ----
-
 async function openFile(file, name, note) {
   const refuse = (why) => { throw new Error(`${name || "The picture"} ${why}`); };
   const unreadable = () => refuse("is not an image that this browser reads; choose a PNG or JPEG file.");
@@ -95,17 +93,14 @@ function cropAndShrink({ data, width, height }, size) {
   return new Uint8Array(result.buffer);
 }
 
-// ---- the networks ----
-
 async function download(file, onBytes = () => {}) {
-  const response = await fetch(file).catch(() => null), why = response ? `HTTP ${response.status}` : "no connection";
-  if (!response?.ok) throw new Error(`The file ${file} can't be fetched: ${why}; try again or choose another network.`);
-  const chunks = [];
-  for (const reader = response.body.getReader(); ; ) {
-    const { done, value } = await reader.read();
-    if (done) return new Uint8Array(await new Blob(chunks).arrayBuffer());
-    chunks.push(value);
-    onBytes(value.length);
+  const counter = new TransformStream({ transform(chunk, stream) { onBytes(chunk.length); stream.enqueue(chunk); } });
+  try {
+    const response = await fetch(file);
+    if (!response.ok) throw new Error(`HTTP ${response.status}`);
+    return new Uint8Array(await new Response(response.body.pipeThrough(counter)).arrayBuffer());
+  } catch (error) {
+    throw new Error(`The file ${file} can't be fetched: ${error.message}; try again or choose another network.`);
   }
 }
 
@@ -190,21 +185,17 @@ async function run(mine) {
 
 function card(network, best, time, place) {
   const top1 = `${network.top1.toFixed(2)} %${network.precision === "fp32" ? "" : " (of fp32)"}`;
-  const [size, macs] = [network.bytes, network.macs].map(millions);
-  const facts = { size: `${size} MB`, MACs: `${macs} M`, "top-1": top1, "run on": place };
+  const size = `${millions(network.bytes)} MB`, macs = `${millions(network.macs)} M`;
+  const facts = { size, MACs: macs, "top-1": top1, "run on": place };
   const terms = Object.entries(facts).flatMap(([term, fact]) => [element("dt", {}, term), element("dd", {}, fact)]);
   const rows = best.map(({ name, share }) => {
     const bar = element("i", { ariaHidden: "true" }), percent = `${(100 * share).toFixed(1)} %`;
     bar.style.setProperty("--share", percent.replace(" ", ""));
-    const row = element("li", {}, element("span", {}, name.replaceAll("_", " ")), element("span", {}, percent), bar);
-    Object.assign(row.dataset, { name, share });
-    return row;
+    return element("li", {}, element("span", {}, name.replaceAll("_", " ")), element("span", {}, percent), bar);
   });
-  const heading = element("h3", {}, title(network));
-  return element("article", {}, heading, time, element("dl", {}, ...terms), element("ol", {}, ...rows));
+  const parts = [element("h3", {}, title(network)), time, element("dl", {}, ...terms), element("ol", {}, ...rows)];
+  return element("article", {}, ...parts);
 }
-
-// ---- the controls ----
 
 async function useCamera() {
   const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } }).catch(() => {
@@ -218,19 +209,12 @@ async function useCamera() {
 function shoot() {
   const video = $("video");
   if (!video.videoWidth) return; // it hasn't started
-  press(null);
   showImage(video, video.videoWidth, video.videoHeight, "Photograph");
   $("viewfinder").close();
 }
 
-function press(sample) {
-  for (const button of $("samples").children) button.ariaPressed = `${button === sample}`;
-}
-
 function openOwn([file]) {
-  press(null);
-  if (file) openFile(file, file.name).catch(fail);
-  else fail(new Error("That is not an image file; save the image and choose the file."));
+  openFile(file ?? new Blob(), file?.name).catch(fail);
 }
 
 async function copy() {
@@ -254,12 +238,9 @@ async function start() {
     $("pairs").append(element("button", { type: "button", onclick }, label));
   }
   for (const { file, name, note } of catalogue.samples) {
-    const onclick = async ({ currentTarget }) => {
-      press(currentTarget);
-      await download(file).then((content) => openFile(new Blob([content]), name, note)).catch(fail);
-    };
+    const onclick = () => download(file).then((content) => openFile(new Blob([content]), name, note)).catch(fail);
     const image = element("img", { src: file, alt: name, width: 72, height: 72 });
-    $("samples").append(element("button", { type: "button", title: name, ariaPressed: "false", onclick }, image));
+    $("samples").append(element("button", { type: "button", title: name, onclick }, image));
   }
   for (const id of ["network", "other", "backend"]) $(id).onchange = classify;
   $("choose").onclick = () => $("file").click();
@@ -272,8 +253,8 @@ async function start() {
   document.ondrop = (event) => { event.preventDefault(); openOwn(event.dataTransfer.files); };
   document.onpaste = (event) => openOwn(event.clipboardData.files);
   $("copy").onclick = copy;
-  const megabytes = millions(catalogue.runtime.wasm.wasm.bytes);
-  $("status").textContent = `Pick a picture: ${megabytes} MB of runtime and the network are fetched with the first one.`;
+  const size = `${millions(catalogue.runtime.wasm.wasm.bytes)} MB`;
+  $("status").textContent = `Pick a picture: the runtime, ${size}, and the network are fetched with the first one.`;
   $("backend-field").hidden = !(await navigator.gpu?.requestAdapter().catch(() => null));
 }
 
