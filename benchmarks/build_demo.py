@@ -2,15 +2,14 @@
 
     python benchmarks/build_demo.py DIR
 
-The page in DIR needs a web server and no other host. Fetches ONNX Runtime from npm, by its digest; needs npm, scikit-image
-and the packages of `pip install 'mobilenets-zoo[onnx]'`. The int8 networks are calibrated on crops of scikit-image's
-photos, so that no data set is needed.
+The page in DIR needs a web server and no other host. Fetches ONNX Runtime from npm, by its digest; needs npm,
+scikit-image and the packages of `pip install 'mobilenets-zoo[onnx]'`. The int8 networks are calibrated on crops of
+scikit-image's photos, so that no data set is needed.
 """
 
 import argparse
 import base64
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import timm
-import torch
 from PIL import Image
 
 import mobilenets_zoo as mz
@@ -49,8 +47,8 @@ PAIRS = {
     "fp32 against int8": ("mobilenetv1_w025-fp32.onnx", "mobilenetv1_w025-int8.onnx"),
 }
 
-# Name, photo of skimage.data, box to crop, and what it shows if that is one of the classes. All are in the public domain
-# by their docstrings there.
+# Name, photo of skimage.data, box to crop, and what it shows if that is one of the classes. By their docstrings there,
+# all are CC0, in the public domain or without known restrictions.
 SAMPLES = (
     ("Rocket", "rocket", (213, 107, 533, 427), "rocket"),
     ("Launch pad", "rocket", (160, 0, 587, 427), "rocket"),

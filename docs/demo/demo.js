@@ -1,6 +1,5 @@
 // Classifies pictures with ONNX Runtime. networks.json, from benchmarks/build_demo.py, names all that is fetched.
-const MAX_PIXELS = 50e6, MAX_BYTES = 64 * 2 ** 20, LARGE_SIDE = 1024; // as in mobilenets_zoo/data.py
-const RUNS = 10;
+const MAX_PIXELS = 50e6, MAX_BYTES = 64 * 2 ** 20, LARGE_SIDE = 1024, RUNS = 10; // all but the last as in Python
 const files = new Map(), runtimes = new Map(), sessions = new Map(), measured = new Map();
 let catalogue, pixels, turn = 0, queue = Promise.resolve();
 
@@ -24,6 +23,7 @@ function fail(error) {
 async function openFile(file, name, note) {
   const refuse = (why) => { throw new Error(`${name || "The picture"} ${why}`); };
   const unreadable = () => refuse("is not an image that this browser reads; choose a PNG or JPEG file.");
+  $("error").hidden = true;
   if (file.size > MAX_BYTES) refuse(`has more than ${MAX_BYTES / 2 ** 20} MiB; make the image smaller first.`);
   const image = new Image();
   image.src = URL.createObjectURL(file);
@@ -178,8 +178,8 @@ async function run(mine) {
     spoken.push(`${title(network)}: ${best[0].name}, ${(100 * best[0].share).toFixed(0)} %, in ${ms} ms`);
   }
   $("status").textContent = spoken.join("; ");
-  const cells = (row) => row.map((cell) => element("td", {}, `${cell}`));
-  $("rows").replaceChildren(...[...measured.values()].map((row) => element("tr", {}, ...cells(row))));
+  const line = (row) => element("tr", {}, ...row.map((cell) => element("td", {}, `${cell}`)));
+  $("rows").replaceChildren(...[...measured.values()].map(line));
   $("measured").hidden = false;
 }
 
@@ -193,8 +193,8 @@ function card(network, best, time, place) {
     bar.style.setProperty("--share", percent.replace(" ", ""));
     return element("li", {}, element("span", {}, name.replaceAll("_", " ")), element("span", {}, percent), bar);
   });
-  const parts = [element("h3", {}, title(network)), time, element("dl", {}, ...terms), element("ol", {}, ...rows)];
-  return element("article", {}, ...parts);
+  const head = element("h3", {}, title(network));
+  return element("article", {}, head, time, element("dl", {}, ...terms), element("ol", {}, ...rows));
 }
 
 async function useCamera() {
@@ -213,9 +213,7 @@ function shoot() {
   $("viewfinder").close();
 }
 
-function openOwn([file]) {
-  openFile(file ?? new Blob(), file?.name).catch(fail);
-}
+const openOwn = ([file]) => openFile(file ?? new Blob(), file?.name).catch(fail);
 
 async function copy() {
   const head = [...document.querySelectorAll("thead th")].map((cell) => cell.textContent);
