@@ -40,8 +40,8 @@ RUNTIME_FILES = {
     ),
 }
 
-MODELS = ("mobilenetv1_w025", "mobilenetv1", "mobilenetv2", "mobilenetv2_lgc_proj", "mobilenetv2_gc_lgc")
-# The first network is the one that the page starts with.
+# The page starts with the first.
+MODELS = ("mobilenetv1_w025", "mobilenetv1", "mobilenetv2", "mobilenetv2_lgc_proj")
 PAIRS = {
     "dense against learned groups": ("mobilenetv2-fp32.onnx", "mobilenetv2_lgc_proj-fp32.onnx"),
     "fp32 against int8": ("mobilenetv1_w025-fp32.onnx", "mobilenetv1_w025-int8.onnx"),
@@ -64,24 +64,32 @@ SAMPLES = (
     ("Silhouette of a horse", "horse", (0, 0, 400, 328), None),
 )
 SAMPLE_SIDE = 320
-CALIBRATION_IMAGES = 128
+CALIBRATION_IMAGES = 64
 
 
 def build(folder: Path, home: str) -> None:
     """Writes the page into a folder, `home` being what its heading links to.
 
     Raises:
-        ValueError: the runtime can't be fetched or isn't the one that was pinned.
+        ValueError: the folder isn't empty, or the runtime can't be fetched or isn't the one that was pinned.
         ImportError: scikit-image or a package for the export is missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files already; choose an empty folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        fill(Path(scratch), home)
+        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+
+
+def fill(folder: Path, home: str) -> None:
     for file in PAGE.iterdir():
         if file.suffix in (".html", ".css", ".js"):
             shutil.copy(file, folder)
     runtime = fetch_runtime(folder)
     photos = sample_photos()
     samples = write_samples(folder, photos)
-    networks = [row for name in MODELS for row in export(folder, f"{name}_cifar100", calibration_crops(photos))]
+    crops = calibration_crops(photos)
+    networks = [row for name in MODELS for row in export(folder, f"{name}_cifar100", crops)]
     document = {
         "home": home,
         "size": 32,
