@@ -328,11 +328,18 @@ def emulate_scheme(browser: Any, scheme: str) -> None:
 
 def save_screenshot(page: Page, url: str, file: Path) -> None:
     emulate_scheme(page.browser, "light")
+    page.browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
+    metrics: dict[str, Any] = dict(width=960, height=1000, deviceScaleFactor=1, mobile=False)
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     page.open(url)
-    page.answer(page.sample(0))
-    page.answer(page.browser.find_elements(By.CSS_SELECTOR, "#pairs button")[0].click)
-    height = page.browser.execute_script("return document.getElementById('measured').offsetTop")
-    metrics = dict(width=960, height=height, deviceScaleFactor=1, mobile=False)
+    first, second = page.catalogue["pairs"][0]["files"]
+    page.choose("network", first)()
+    page.choose("other", second)()
+    for _ in range(2):  # the second time everything is compiled
+        page.answer(page.sample(0))
+    page.browser.execute_script("scrollTo(0, 0); document.activeElement.blur();")
+    bottom = page.browser.execute_script("return document.querySelector('#result').getBoundingClientRect().bottom")
+    metrics["height"] = int(bottom) + 16
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     page.browser.save_screenshot(str(file))
 
