@@ -228,7 +228,7 @@ def check_comparison(page: Page) -> None:
     page.answer(page.sample(0))
     for model in dict.fromkeys(name for name, _ in rows):
         pair = [rows[model, "fp32"], rows[model, "int8"]]
-        page.answer(page.choose("network", pair[0]["file"]))
+        page.choose("network", pair[0]["file"])()
         state = page.answer(page.choose("other", pair[1]["file"]))
         page.expect(len(state["cards"]) == 2, f"{model}: {len(state['cards'])} networks are compared")
         for card, row in zip(state["cards"], pair, strict=True):

@@ -1,6 +1,6 @@
 // Classifies pictures with ONNX Runtime. networks.json, from benchmarks/build_demo.py, names all that is fetched.
 const MAX_PIXELS = 50e6, MAX_BYTES = 64 * 2 ** 20, LARGE_SIDE = 1024; // as in mobilenets_zoo/data.py and cli.py
-const RUNS = 10, WARM_UP_MS = 1000; // a browser runs code slowly until it has compiled it well
+const RUNS = 10, WARM_UP_MS = 500; // a browser runs code slowly until it has compiled it well
 const files = new Map(), runtimes = new Map(), sessions = new Map(), measured = new Map();
 let catalogue, pixels, turn = 0, queue = Promise.resolve();
 
@@ -126,7 +126,7 @@ async function load(networks, backend) {
   const total = missing.reduce((sum, { bytes }) => sum + bytes, 0), bar = $("progress");
   const onBytes = (count) => { bar.value += count; };
   if (total) Object.assign(bar, { max: total, value: 0, hidden: false });
-  $("status").textContent = total ? `Fetching ${millions(total)} MB` : "Running";
+  if (total) $("status").textContent = `Fetching ${millions(total)} MB`;
   const [ort, ...contents] = await Promise.all([
     once(runtimes, backend, () => startRuntime(backend, onBytes)),
     ...networks.map(({ file }) => once(files, file, () => download(file, onBytes))),
@@ -141,9 +141,11 @@ async function load(networks, backend) {
 
 // What was asked for last is run, and nothing else.
 function classify() {
+  if (!pixels) return;
   const mine = ++turn;
   $("error").hidden = true;
-  queue = queue.then(() => mine === turn && pixels && run(mine)).catch(fail);
+  $("status").textContent = "Running";
+  queue = queue.then(() => mine === turn && run(mine)).catch(fail);
 }
 
 async function run(mine) {
@@ -162,8 +164,7 @@ async function run(mine) {
     const best = classes.sort((a, b) => b.share - a.share).slice(0, 5);
     const time = element("p", { className: "time" }, "…");
     $("cards").append(card(network, best, time, place));
-    const times = [], key = `${network.file} ${place}`;
-    const warm = performance.now() + (measured.has(key) ? 0 : WARM_UP_MS);
+    const times = [], key = `${network.file} ${place}`, warm = performance.now() + (measured.has(key) ? 0 : WARM_UP_MS);
     while (times.length < RUNS) {
       await new Promise((resolve) => setTimeout(resolve)); // the page stays awake in between
       if (mine !== turn) return;
