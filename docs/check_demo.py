@@ -186,7 +186,7 @@ def check_speed(page: Page, url: str) -> None:
         page.wait(lambda state: state["status"].startswith("Pick"), "the page to start")
         page.sample(0)()
         first.append(page.wait(lambda state: state["cards"], "the first answer")["now"])
-        fastest.append(page.answer(page.sample(0))["cards"][0]["ms"])
+        fastest.append(page.wait(lambda state: " ms" in state["status"], "the time")["cards"][0]["ms"])
         if min(first) < 1000 * FIRST_ANSWER_S and min(fastest) < FASTEST_MS:
             break
     print(f"first answer after {min(first) / 1000:.2f} s; {page.state()['cards'][0]['name']} takes {min(fastest)} ms")
