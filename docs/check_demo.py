@@ -287,7 +287,7 @@ def check_refusals(page: Page, url: str, scratch: Path, missing: set[str]) -> No
     page.open(url)
     page.sample(0)()
     error = page.wait(lambda state: state["error"], "a message about WebAssembly")["error"]
-    page.expect("WebAssembly" in error, f"without WebAssembly: {error!r}")
+    page.expect("runs no WebAssembly" in error, f"without WebAssembly: {error!r}")
     page.browser.execute_cdp_cmd(remove, script)
 
 
