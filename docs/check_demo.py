@@ -32,8 +32,9 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from mobilenets_zoo.cli import cli
 
-FIRST_ANSWER_S, FASTEST_MS = 3.0, 10.0
-TRIES = 3  # of what is timed: other processes may hold the cores
+# Three times what a quiet machine of two cores stays below: this one may be slower, or shared.
+FIRST_ANSWER_S, FASTEST_MS = 9.0, 30.0
+TRIES = 3  # of what is timed
 TOLERANCE = 0.01
 # Larger pictures are shrunk twice, and the first time the browser's way.
 LARGE_TOLERANCE = 0.03
