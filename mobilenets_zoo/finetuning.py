@@ -154,8 +154,8 @@ def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = i
     """Reads images to train and to measure with, resized and cropped as the model's configuration says.
 
     `source` is a folder of images per class, with train/ and test/ or val/ above them or not, or a folder of Parquet
-    files as `mz.data.load_images` reads them. Without test images a fifth of each class is held out, always the same.
-    `track` wraps what is read, to show progress.
+    files, or one such file, as `mz.data.load_images` reads them. Without test images a fifth of each class is held
+    out, always the same. `track` wraps what is read, to show progress.
 
     Returns:
         Training and test images, uint8 (N, height, width, 3).
@@ -171,7 +171,8 @@ def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = i
         sets.append(ImageSet(np.stack(pixels), np.asarray(labels), tuple(classes)))
 
     names = {path.name for path in root.glob("*") if path.is_dir()}
-    if parquet := [split for split in ("train", "test") if any(root.rglob(f"{split}-*.parquet"))]:
+    parquet = [split for split in ("train", "test") if any(root.rglob(f"{split}-*.parquet"))]
+    if parquet := ["train"] if root.is_file() else parquet:
         for split in parquet:
             data = mz.data.load_images(source, split)
             add(map(Image.fromarray, track(data.images)), data.labels, data.classes)

@@ -76,10 +76,11 @@ def test_links_and_images_exist(path):
 def test_the_map_names_every_file():
     text = (ROOT / "docs" / "design.md").read_text()
     parts = text[text.index("```text") :].partition("```\n")[0]
-    files = [path for folder in ("mobilenets_zoo", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    folders = ("mobilenets_zoo", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     helpers = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
     missing = [str(path.relative_to(ROOT)) for path in [*files, *helpers] if path.name not in parts]
     assert not missing
     named = set(re.findall(r"[\w/]+\.py", parts))
-    existing = {path.name for path in [*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]}
+    existing = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]}
     assert named <= existing

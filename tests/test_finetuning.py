@@ -131,6 +131,9 @@ def test_layouts_of_the_data(tmp_path, kind, parts):
             pq.write_table(pa.table(rows), tmp_path / f"{part or 'train'}-0.parquet".replace("val", "test"))
     train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
     assert (len(train), len(test)) == ((10, 6) if len(parts) == 2 else (8, 2))
+    if kind == "parquet" and parts == ("train",):
+        one = finetuning.read_data(str(tmp_path / "train-0.parquet"), finetuning.create(W025, Settings(scratch=True)))
+        assert [len(part) for part in one] == [8, 2]
     assert train.images.shape[1:] == (16, 16, 3)
     assert set(test.labels) == {0, 1}
 

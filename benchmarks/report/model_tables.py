@@ -7,7 +7,7 @@ import timm
 
 import mobilenets_zoo as mz
 from report import ROOT, RUNS, load_json, markdown
-from report.latency_tables import DEPLOYED, NARROW, timed
+from report.latency_tables import DEPLOYED, NARROW, latency, timed
 from report.training_tables import FIVE_EPOCHS, experiments
 
 __all__ = ["ORIGINAL_TOP1", "default_weights", "family_table", "models_table", "profiles", "weights_table"]
@@ -35,8 +35,8 @@ def profiles() -> dict[str, dict[str, Any]]:
     """Returns what profiles.json says of every model: its deployed cost, and what was timed.
 
     `params` and `macs` are of the condensed network, measured on the model itself; `optimized_macs` and `ms` (one image
-    on one thread in ONNX Runtime) of the network that `optimize_for_inference` makes of the weights named `weight`;
-    these three are None where the model wasn't timed.
+    on one thread of `processor` in ONNX Runtime) of the network that `optimize_for_inference` makes of `weight`; these
+    four are None where the model wasn't timed.
     """
     result = {}
     for name in sorted(timm.list_models("*_cifar100")):
@@ -44,6 +44,7 @@ def profiles() -> dict[str, dict[str, Any]]:
         cost = mz.profile(timm.create_model(name, condensed=True) if mz.learned_layers(model) else model)
         row = timed(model=name, **DEPLOYED) or {}
         times = {"optimized_macs": row.get("macs"), "ms": row.get("ms"), "weight": row.get("weight")}
+        times["processor"] = latency()["environment"]["device"] if row else None
         result[name] = {"params": cost.params, "macs": cost.macs, **times}
     return result
 
