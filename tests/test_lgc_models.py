@@ -37,8 +37,9 @@ def test_condensed_model_is_equal(name):
 def test_condense_copies_and_keeps_flags(training):
     model = lively("mobilenetv2_lgc_cifar100").train(training)
     model.blocks[0].eval()
-    before = copy.deepcopy(model.state_dict())
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     condensed = model.condense()
+    assert torch.equal(random_state, torch.get_rng_state())
     assert mz.check_equivalent(condensed, mz.condense(condensed), torch.randn(2, 3, 32, 32)) == 0
     assert [m.training for m in condensed.modules()] == [m.training for m in model.modules()]
     with torch.no_grad():
