@@ -1,6 +1,7 @@
 """Tables and sentences on the models and their weights."""
 
 import functools
+import re
 from typing import Any
 
 import timm
@@ -59,7 +60,7 @@ def default_weights() -> dict[str, mz.pretrained.WeightEntry]:
 
 
 # Columns of the weights' table: key in the evaluation, digits.
-SCORES = {"top-1 (%)": ("top1", 2), "top-5 (%)": ("top5", 2), "loss": ("loss", 3), "ECE (%)": ("ece", 1)}
+SCORES = {"top-1": ("top1", 2), "top-5": ("top5", 2), "ECE": ("ece", 1)}
 COSTS = ["params (M)", "MACs (M)", "optimized (M)", "ms"]
 
 
@@ -75,7 +76,9 @@ def models_table(rows: dict[str, dict[str, Any]]) -> str:
         top1 = f"{weights[name].top1:.2f}" if name in weights else "-"
         original = f"{ORIGINAL_TOP1[name]:.2f}" if name in ORIGINAL_TOP1 else "-"
         table.append([f"`{name}`", *_costs(row), top1, original, str(measured_runs(name, row["params"]))])
-    return markdown(["model", *COSTS, "top-1 (%)", "original (%)", "runs"], table)
+    env = latency()["environment"]
+    source = f"ms: {env['device']}, ONNX Runtime {env['onnxruntime']}."
+    return f"{markdown(['model', *COSTS, 'top-1 (%)', 'original (%)', 'runs'], table)}\n\n{source}"
 
 
 @functools.cache
@@ -102,11 +105,11 @@ def weights_table() -> str:
     for entry in mz.manifest().values():
         result = load_json(ROOT / entry.result)
         scores = (f"{result['evaluation'][key]:.{digits}f}" for key, digits in SCORES.values())
-        epochs = " + ".join(map(str, chain_epochs(result)))
-        device = result["training"]["device"].replace("(R)", "").replace(" Processor", "")
-        teacher = entry.taught_by.partition(".")[0] if entry.taught_by else "labels alone"
-        rows.append([f"`{entry.name}`", *scores, epochs, device, teacher, f"[recipe](../{entry.recipe})"])
-    return markdown(["weight", *SCORES, "epochs", "trained on", "taught by", "run"], rows)
+        epochs = "+".join(map(str, chain_epochs(result)))
+        device = re.sub(r"\(R\)|Processor|NVIDIA|Intel|AMD", "", result["training"]["device"]).strip()
+        taught = "yes" if entry.taught_by else "no"
+        rows.append([f"[`{entry.name}`](../{entry.recipe})", *scores, epochs, device, taught])
+    return markdown(["weight", *SCORES, "epochs", "on", "KD"], rows)
 
 
 PARENT = "mobilenetv2_cifar100"  # whose weights the family of docs/lgc.md started from
