@@ -30,7 +30,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from mobilenets_zoo.cli import cli
+from mobilenets_zoo_cli import cli
 
 # Three times what a quiet machine of two cores stays below: this one may be slower, or shared.
 FIRST_ANSWER_S, FASTEST_MS = 9.0, 30.0

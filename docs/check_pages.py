@@ -32,6 +32,11 @@ return [...document.querySelectorAll("article *")]
     .filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e))
     .slice(0, 3).map(e => e.outerHTML.slice(0, 80));
 """
+# Tables that must be scrolled.
+WIDE_TABLES = """
+return [...document.querySelectorAll("article table")]
+    .filter(e => e.scrollWidth > e.parentElement.clientWidth).map(e => e.querySelector("th").innerText);
+"""
 BROKEN_IMAGES = "return [...document.images].filter(i => !i.naturalWidth).map(i => i.getAttribute('src'));"
 LINKS = "return [...document.querySelectorAll('a[href]')].map(a => a.href);"
 IDS = "return [...document.querySelectorAll('[id]')].map(e => e.id);"
@@ -75,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
                     browser.get(page.as_uri())
                     faults += [f"{page.name}, {name}: sticks out: {e}" for e in browser.execute_script(OVERFLOW)]
                     faults += [f"{page.name}: no image {src}" for src in browser.execute_script(BROKEN_IMAGES)]
+                    if name == "desktop":
+                        faults += [f"{page.name}: too wide a table: {e}" for e in browser.execute_script(WIDE_TABLES)]
                     links[page], ids[page] = browser.execute_script(LINKS), set(browser.execute_script(IDS))
                     if args.screenshots:
                         browser.save_screenshot(str(args.screenshots / f"{page.stem}-{name}.png"))

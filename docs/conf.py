@@ -1,5 +1,16 @@
 """Sphinx configuration; build with `python -m sphinx -W -b html docs docs/_build`."""
 
+import sys
+
+import mobilenets_zoo
+
+# The API page calls everything by the name that users type.
+sys.modules |= {
+    name.replace("mobilenets_zoo", "mz", 1): module
+    for name, module in sys.modules.items()
+    if name.partition(".")[0] == mobilenets_zoo.__name__
+} | {"mz.onnx": mobilenets_zoo.onnx}
+
 project = "mobilenets_zoo"
 author = copyright = "The mobilenets_zoo authors"
 

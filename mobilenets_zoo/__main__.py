@@ -1,5 +1,5 @@
 """`python -m mobilenets_zoo` is the command `mobilenets-zoo`."""
 
-from mobilenets_zoo.cli import main
+from mobilenets_zoo_cli import main
 
 main()

@@ -35,8 +35,8 @@ def summary(name: str) -> dict[str, Any]:
     """Returns size, cost and weights of a model, deployed.
 
     `ms` is the time of one image in ONNX Runtime, fp32, one thread, of the network that `optimize_for_inference` makes
-    of the default weights, on the machine that docs/condensing.md names; `optimized_macs` are that network's
-    multiply-adds. None where it wasn't measured.
+    of the default weights, on `processor`; `optimized_macs` are that network's multiply-adds. None where it wasn't
+    measured.
 
     Args:
         name: "model", for its default weights, or "model.tag".
@@ -52,8 +52,7 @@ def summary(name: str) -> dict[str, Any]:
         "name": name,
         "params": row["params"],
         "macs": row["macs"],
-        "ms": row["ms"] if timed else None,
-        "optimized_macs": row["optimized_macs"] if timed else None,
+        **{key: row[key] if timed else None for key in ("ms", "processor", "optimized_macs")},
         "weights": entry and {field: getattr(entry, field) for field in WEIGHT_FIELDS},
     }
 

@@ -68,9 +68,10 @@ def load_images(source: str | Path, split: str) -> ImageSet:
 
     Args:
         source: a folder of Parquet files named `train-*.parquet` and `test-*.parquet` (at any depth) in the
-            layout of the Hub's uoft-cs/cifar100 or uoft-cs/cifar10, one of these two ids, a torchvision root (the
-            folder that holds `cifar-100-python` or `cifar-10-batches-py`), or one of its two folders.
-        split: "train" or "test".
+            layout of the Hub's uoft-cs/cifar100 or uoft-cs/cifar10, one such file, whatever its name, one of these two
+            ids, a torchvision root (the folder that holds `cifar-100-python` or `cifar-10-batches-py`), or one of its
+            two folders.
+        split: "train" or "test"; a single file is taken for either.
 
     Raises:
         ValueError: the source is none of these, holds several data sets, or its files can't be read; the message says
@@ -81,6 +82,8 @@ def load_images(source: str | Path, split: str) -> ImageSet:
     if str(source) in HUB_DATASETS:
         return _read_parquet(_download(str(source), split), source)
     folder = Path(source)
+    if folder.is_file():
+        return _read_parquet([folder], source)
     if not folder.is_dir():
         raise ValueError(
             f"{source}: no such folder; give a folder of Parquet files, a torchvision root or "
@@ -198,15 +201,13 @@ def _decode(content: bytes, name: str) -> Image.Image:
             opened = Image.open(io.BytesIO(content), formats=FORMATS)
         with opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
+                raise Image.DecompressionBombError
             opened.draft("RGB", (LARGE_SIDE, LARGE_SIDE))  # a JPEG decoder can leave out detail
             image = ImageOps.exif_transpose(opened)
             image.load()
             return image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name}: {error}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read, make it smaller"
-        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{name}: has more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller") from None
     # Pillow's decoders raise what they like on broken data, SyntaxError and struct.error among it.
     except Exception as error:
         raise ValueError(f"{name}: not a readable image; give a PNG, JPEG, WebP, GIF, BMP or TIFF file") from error

@@ -4,10 +4,9 @@ The classifier comes first, fitted to the features of the pretrained network; th
 the nearer they are to the input. What is kept is a moving average of the weights.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +34,12 @@ from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
 from mobilenets_zoo.pretrained import write_config
 
-__all__ = ["Settings", "create", "finetune", "read_data"]
+__all__ = ["Run", "Settings", "create", "finetune", "read_data"]
 
 FILES = ("model.safetensors", "config.json", "model.onnx", "result.json", "checkpoint.pt")
 # After each epoch the accuracy is measured on so many of the test images; at the end on all of them.
 CHECKED_IMAGES = 1000
+PARTS = ("model", "average", "optimizer")  # of a run, in its checkpoint
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tunes a network and writes weights, configuration, ONNX file (where onnx is installed) and result.
 
-    A checkpoint follows each epoch. KeyboardInterrupt ends the training, and what was learned so far is written.
+    A checkpoint follows each epoch. After the first one, KeyboardInterrupt ends the training, and what was learned so
+    far is written.
 
     `name` is what `timm.create_model` takes, `source` what `read_data` takes. `out` must be new or empty, unless
     `force` (replace what an earlier run wrote) or `resume` (go on with an interrupted one).
@@ -92,22 +93,24 @@ def finetune(
     start = time.perf_counter()
     model = create(name, settings)
     train_set, test_set = read_data(source, model, partial(progress.track, description="read images"))
-    model.reset_classifier(len(train_set.classes))
-    model.pretrained_cfg.update(num_classes=len(train_set.classes), label_names=train_set.classes)
+    run = Run(model.to(device), train_set, settings)
     key = {"network": name, "settings": asdict(settings), "images": [train_set.sha256(), test_set.sha256()]}
-    run = _Run(model.to(device, memory_format=torch.channels_last), train_set, settings, out / "checkpoint.pt", key)
+    checkpoint = out / "checkpoint.pt"
     if resume:
-        run.resume()
+        run.resume(checkpoint, key)
     else:
         for file in FILES:
             (out / file).unlink(missing_ok=True)
-        if settings.freeze or not settings.scratch:
-            run.fit_classifier()
     checked = test_set.subset(np.random.default_rng(0).permutation(len(test_set))[:CHECKED_IMAGES])
-    epochs = 0 if settings.freeze else settings.epochs
-    with contextlib.suppress(KeyboardInterrupt):
-        while len(run.history) < epochs:
-            run.epoch(progress, checked)
+    finished = False
+    try:
+        for line in run.train(progress, checked):
+            progress.console.print(line, highlight=False)
+            run.save(checkpoint, key)
+        finished = True
+    except KeyboardInterrupt:
+        if not run.history:
+            raise
     result: dict[str, Any] = {
         "model": name,
         "data": Path(source).name,
@@ -115,12 +118,12 @@ def finetune(
         "classes": len(train_set.classes),
         **asdict(settings),
         "size": train_set.images.shape[1],
-        "finished": len(run.history) == epochs,
+        "finished": finished,
         "history": run.history,
     }
     mz.save_weights(run.average.module, out / "model.safetensors")
     write_config(run.average.module, out / "config.json")
-    if result["finished"]:  # what is measured is what was stored
+    if finished:  # what is measured is what was stored
         stored = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         task = progress.add_task("measure", total=len(test_set))
         scores = evaluate(stored, test_set, on_progress=lambda done: progress.update(task, completed=done))
@@ -131,8 +134,8 @@ def finetune(
         except ImportError as error:
             progress.console.print(f"model.onnx isn't written: {error}", highlight=False)
     write_json(out / "result.json", result)
-    if result["finished"]:
-        run.checkpoint.unlink(missing_ok=True)
+    if finished:
+        checkpoint.unlink(missing_ok=True)
     return result
 
 
@@ -154,8 +157,8 @@ def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = i
     """Reads images to train and to measure with, resized and cropped as the model's configuration says.
 
     `source` is a folder of images per class, with train/ and test/ or val/ above them or not, or a folder of Parquet
-    files as `mz.data.load_images` reads them. Without test images a fifth of each class is held out, always the same.
-    `track` wraps what is read, to show progress.
+    files, or one such file, as `mz.data.load_images` reads them. Without test images a fifth of each class is held
+    out, always the same. `track` wraps what is read, to show progress.
 
     Returns:
         Training and test images, uint8 (N, height, width, 3).
@@ -171,7 +174,8 @@ def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = i
         sets.append(ImageSet(np.stack(pixels), np.asarray(labels), tuple(classes)))
 
     names = {path.name for path in root.glob("*") if path.is_dir()}
-    if parquet := [split for split in ("train", "test") if any(root.rglob(f"{split}-*.parquet"))]:
+    parquet = [split for split in ("train", "test") if any(root.rglob(f"{split}-*.parquet"))]
+    if parquet := ["train"] if root.is_file() else parquet:
         for split in parquet:
             data = mz.data.load_images(source, split)
             add(map(Image.fromarray, track(data.images)), data.labels, data.classes)
@@ -200,11 +204,14 @@ def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = i
     return train_set, test_set
 
 
-class _Run:
-    """A network, with the data's classes, in training."""
+class Run:
+    """A network that learns a set of images; `average` holds what it has learned."""
 
-    def __init__(self, model: Any, images: ImageSet, settings: Settings, checkpoint: Path, key: dict[str, Any]):
-        self.model, self.settings, self.checkpoint, self.key = model, settings, checkpoint, key
+    def __init__(self, model: Any, images: ImageSet, settings: Settings):
+        model.reset_classifier(len(images.classes))
+        model.pretrained_cfg.update(num_classes=len(images.classes), label_names=images.classes)
+        self.model, self.settings = model.to(memory_format=torch.channels_last), settings
+        self.epochs = 0 if settings.freeze else settings.epochs
         self.device = next(model.parameters()).device
         self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2)
         self.labels = torch.from_numpy(images.labels).to(self.device)
@@ -251,9 +258,16 @@ class _Run:
             linear.bias.copy_(bias - linear.weight @ mean)
         self.average.set(self.model)
 
-    def epoch(self, progress: Progress, checked: ImageSet) -> None:
-        """Trains for an epoch, measures and writes a checkpoint; order and views follow from seed and epoch."""
-        number, epochs = len(self.history), self.settings.epochs
+    def train(self, progress: Progress, checked: Optional[ImageSet] = None) -> Iterator[str]:
+        """Trains to the end; yields a line on each epoch, with the accuracy on the images `checked`."""
+        if not self.history and (self.settings.freeze or not self.settings.scratch):
+            self.fit_classifier()
+        while len(self.history) < self.epochs:
+            yield self.epoch(progress, checked)
+
+    def epoch(self, progress: Progress, checked: Optional[ImageSet]) -> str:
+        """Trains for an epoch; order and views follow from seed and epoch."""
+        number, epochs = len(self.history), self.epochs
         torch.manual_seed(1000 * self.settings.seed + number)
         batches = torch.randperm(len(self.labels)).split(self.settings.batch_size)
         steps = len(batches)
@@ -278,24 +292,30 @@ class _Run:
             progress.update(task, advance=1, description=text)
             if not loss_sum / seen < 10 * math.log(logits.shape[1]):  # ten times that of a guess; catches NaN, too
                 raise ValueError(f"the loss diverges ({text}); lower --lr")
-        held_out = evaluate(self.average.module, checked).top1
         progress.remove_task(task)
-        progress.console.print(f"{text}, held-out images {held_out:.1f} %", highlight=False)
-        self.history.append({"loss": loss_sum / seen, "accuracy": 100 * correct / seen, "held_out": held_out})
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
-        with atomic_write(self.checkpoint) as file:
-            torch.save({"key": self.key, "history": self.history, **parts}, file)
+        self.history.append({"loss": loss_sum / seen, "accuracy": 100 * correct / seen})
+        if checked is not None:
+            self.history[-1]["held_out"] = evaluate(self.average.module, checked).top1
+            text += f", held-out images {self.history[-1]['held_out']:.1f} %"
+        return text
 
-    def resume(self) -> None:
-        """Takes up the checkpoint, if it is of the same network, settings and images."""
-        if not self.checkpoint.is_file():
-            raise ValueError(f"{self.checkpoint}: there is no such checkpoint to go on from; leave --resume out")
+    def save(self, checkpoint: Path, key: dict[str, Any]) -> None:
+        """Writes a checkpoint; `key` says what it is of."""
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        with atomic_write(checkpoint) as file:
+            torch.save({"key": key, "history": self.history, **parts}, file)
+
+    def resume(self, checkpoint: Path, key: dict[str, Any]) -> None:
+        """Takes up a checkpoint, if it is of the same network, settings and images."""
+        if not checkpoint.is_file():
+            raise ValueError(f"{checkpoint}: there is no such checkpoint to go on from; leave --resume out")
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception as error:  # zip, pickle and OS errors, by what is damaged
-            raise ValueError(f"{self.checkpoint} can't be read ({error}); start anew with --force") from error
-        if different := [name for name in self.key if state["key"][name] != self.key[name]]:
-            raise ValueError(f"{self.checkpoint} is of a run with other {' and '.join(different)}; give the same")
-        for name in ("model", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.history = state["history"]
+            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+            different = [name for name in key if state["key"][name] != key[name]]
+            for name in [] if different else PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.history = state["history"]
+        except Exception as error:  # of many kinds, by what is damaged
+            raise ValueError(f"{checkpoint} can't be read ({error}); start anew with --force") from error
+        if different:
+            raise ValueError(f"{checkpoint} is of a run with other {' and '.join(different)}; give the same")

@@ -243,7 +243,6 @@ def build_model(model_cls: type[ModelT], variant: str, pretrained: bool, **kwarg
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2), flatten_sequential=True),
         **kwargs,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import cli
+import mobilenets_zoo_cli as cli
 
 ALL_MODELS = timm.list_models("*_cifar100")
 LGC_MODELS = [name for name in ALL_MODELS if "lgc" in name]

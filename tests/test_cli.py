@@ -4,17 +4,21 @@ import importlib.util
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
-from conftest import ALL_MODELS, with_random_masks
+from conftest import ALL_MODELS, ROOT, with_random_masks
 from PIL import Image
+from rich.console import Console
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import catalogue, cli, pretrained
+import mobilenets_zoo_cli as cli
+from mobilenets_zoo import catalogue, pretrained
 
 ENTRY = pretrained.default_entry("mobilenetv2_lgc_cifar100")
 
@@ -61,14 +65,35 @@ def test_info(run, name):
     assert {key: getattr(entry, key) for key in document["weights"]} == document["weights"]
 
 
+@pytest.mark.parametrize(("width", "columns"), [(80, 6), (60, 4), (40, 2), (20, 1)])
+def test_list_shows_whole_names_at_any_width(run, monkeypatch, width, columns):
+    monkeypatch.setattr(cli, "_console", lambda: Console(width=width))
+    _, out, _ = run("list")
+    assert max(map(len, out.splitlines())) <= width
+    assert width < 30 or all(name in out for name in ALL_MODELS)
+    assert {line.count("│") for line in out.splitlines() if "│" in line} in ({columns - 1}, set())
+    words = " ".join(out.split())
+    assert "…" not in words
+    assert f"on one thread of {json.loads(run('list', '--json')[1])[0]['processor']}" in words
+
+
+def test_info_cuts_nothing_and_lists_all_tags(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    _, out, _ = run("info", "mobilenetv2_t1_cifar100")
+    entry = pretrained.default_entry("mobilenetv2_t1_cifar100")
+    assert entry.sha256 in out
+    assert f"{entry.tag}, sgd_e24_r32" in out
+
+
 def test_times_belong_to_the_weights_that_were_timed(run, monkeypatch):
     name = "mobilenetv2_t1_cifar100"
     row = dict(params=855_108, macs=77_128_704, optimized_macs=70_000_000, ms=2.5, weight=f"{name}.kd_cutmix_e90_r32")
+    row["processor"] = "a processor"
     monkeypatch.setattr(catalogue, "_rows", lambda: dict.fromkeys(ALL_MODELS, row))
     assert "70,000,000" in run("info", name)[1]
     line = next(line for line in run("list")[1].splitlines() if name in line)
-    assert [cell.strip() for cell in line.split("│")[2:6]] == ["0.855", "77.1", "70.0", "2.50"]
-    assert run("info", f"{name}.sgd_e24_r32")[1].count("not measured") == 2
+    assert [cell.strip() for cell in line.split("│")[2:]] == ["2.50", "0.855", "77.1", "70.0"]
+    assert run("info", f"{name}.sgd_e24_r32")[1].count("not measured") == 3
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +142,8 @@ def test_python_m_runs_the_command(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["info", "resnet18"], "no model 'resnet18'; choose one of mobilenetv1"),
+        (["info", "resnet18"], "no model 'resnet18'; see mobilenets-zoo list"),
+        (["info", "mobilenetv2_t1_cifar10"], "did you mean mobilenetv2_t1_cifar100 or mobilenetv2_"),
         (["info"], "Missing argument"),
         (["nonsense"], "No such command"),
         (["predict"], "give an image file, or --demo"),
@@ -128,7 +154,7 @@ def test_python_m_runs_the_command(monkeypatch, capsys):
         (["evaluate", ENTRY.model, "--data", ".", "--device", "nonsense"], "nonsense"),
         (["evaluate", ENTRY.model, "--data", ".", "--device", "meta"], "holds no values"),
         (["evaluate", "mobilenetv1_w025_cifar100", "--data", ".", "--condensed"], "leave --condensed out"),
-        (["evaluate", "mobilenetv2_t1_cifar100.nope", "--data", "."], "choose one of mobilenetv2_t1_cifar100.kd"),
+        (["evaluate", "mobilenetv2_t1_cifar100.nope", "--data", "."], "tags are kd_cutmix_e90_r32, sgd_e24_r32"),
         (["info", "local-dir:/no/such/folder"], "Config file not found"),
         (["predict", "x.png", "--model", "local-dir:."], "local-dir:. can't be loaded"),
     ],
@@ -138,6 +164,37 @@ def test_bad_input_is_one_line_and_code_2(run, arguments, message):
     assert code == 2
     assert out == ""
     assert message in one_line_error(err)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("predict - --model mobilenetv1_w025_cifar100 <&-", "standard input: is closed; give an image file"),
+        ("list >/dev/full", "standard output can't be written: No space left"),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a POSIX shell and /dev/full")
+def test_closed_and_full_streams_are_one_line(command, message):
+    shell = f"{shlex.quote(sys.executable)} -m mobilenets_zoo {command}"
+    result = subprocess.run(shell, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    assert message in one_line_error(result.stderr)
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_what_needs_no_torch_does_not_wait_for_it(option):
+    program = f"""
+import sys
+from mobilenets_zoo_cli import main
+sys.argv = ["mobilenets-zoo", "{option}"]
+try:
+    main()
+finally:
+    assert not {{"torch", "timm", "mobilenets_zoo", "numpy"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert {"--version": mz.__version__, "--help": "finetune"}[option] in result.stdout
 
 
 def test_a_model_without_weights_is_one_line(run, photo, monkeypatch):
@@ -284,10 +341,10 @@ def packages():
 
 before = packages()
 atexit.register(lambda: print(*packages() - before, file=sys.stderr))
-from mobilenets_zoo.cli import main
+from mobilenets_zoo_cli import main
 main()
 """
     result = subprocess.run([sys.executable, "-c", program, "list"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     extra = {name for name in result.stderr.split() if name.isidentifier() and importlib.util.find_spec(name)}
-    assert extra == {"mobilenets_zoo", "click", "rich"}
+    assert extra == {"mobilenets_zoo", "mobilenets_zoo_cli", "click", "rich"}

@@ -10,7 +10,8 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 
 import mobilenets_zoo as mz
-from mobilenets_zoo import cli, data
+import mobilenets_zoo_cli as cli
+from mobilenets_zoo import data
 
 PAGE = {path.name: path.read_text() for path in build_demo.PAGE.iterdir() if path.suffix in (".html", ".js", ".css")}
 

@@ -3,6 +3,9 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
@@ -52,7 +57,7 @@ def without_onnx(monkeypatch):
 
 
 def finetune(folder, out, name=W025, progress=None, resume=False, **settings):
-    with progress or Progress(disable=True) as shown:
+    with progress or Progress(console=Console(quiet=True)) as shown:
         return finetuning.finetune(name, str(folder), out, Settings(**settings), shown, resume=resume)
 
 
@@ -131,6 +136,9 @@ def test_layouts_of_the_data(tmp_path, kind, parts):
             pq.write_table(pa.table(rows), tmp_path / f"{part or 'train'}-0.parquet".replace("val", "test"))
     train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
     assert (len(train), len(test)) == ((10, 6) if len(parts) == 2 else (8, 2))
+    if kind == "parquet" and parts == ("train",):
+        one = finetuning.read_data(str(tmp_path / "train-0.parquet"), finetuning.create(W025, Settings(scratch=True)))
+        assert [len(part) for part in one] == [8, 2]
     assert train.images.shape[1:] == (16, 16, 3)
     assert set(test.labels) == {0, 1}
 
@@ -157,7 +165,7 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(folder, tmp_path, wi
     settings = dict(epochs=3, batch_size=4)
     finetune(folder, tmp_path / "whole", **settings)
     out = tmp_path / "out"
-    stopped = finetune(folder, out, progress=Interrupting(disable=True), **settings)
+    stopped = finetune(folder, out, progress=Interrupting(console=Console(quiet=True)), **settings)
     assert (stopped["finished"], len(stopped["history"])) == (False, 1)
     timm.create_model(f"local-dir:{out}", pretrained=True)
     with pytest.raises(ValueError, match="a run with other settings"):
@@ -168,6 +176,54 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(folder, tmp_path, wi
     (folder / "red" / "more.png").unlink()
     assert finetune(folder, out, resume=True, **settings)["finished"]
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_killed_and_resumed_is_as_if_never_killed(folder, tmp_path, without_onnx):
+    settings = dict(epochs=2, batch_size=4, size=16)
+    finetune(folder, tmp_path / "whole", **settings)
+    out = tmp_path / "out"
+    options = ["--data", folder, "--out", out, "--epochs", 2, "--batch-size", 4, "--size", 16]
+    command = [sys.executable, "-m", "mobilenets_zoo", "finetune", W025, *map(str, options)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not (out / "checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    assert finetune(folder, out, resume=True, **settings)["finished"]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_damaged_checkpoint_is_one_line(folder, tmp_path, without_onnx):
+    out, settings = tmp_path / "out", dict(epochs=3, batch_size=4, size=16)
+    finetune(folder, out, progress=Interrupting(console=Console(quiet=True)), **settings)
+    whole = (out / "checkpoint.pt").read_bytes()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["optimizer"]
+    torch.save(state, tmp_path / "partial.pt")
+    for content in (whole[: len(whole) // 2], b"", b"text", (tmp_path / "partial.pt").read_bytes()):
+        (out / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt can't be read .* start anew with --force"):
+            finetune(folder, out, resume=True, **settings)
+
+
+def test_any_timm_network_is_tuned_and_an_unfinished_one_is_exported(folder, tmp_path, run):
+    """From a folder as timm writes it, over one that was interrupted, to one that the commands read."""
+    foreign = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    timm.models.save_for_hf(foreign, tmp_path / "foreign", safe_serialization=True)
+    out, name = tmp_path / "out", f"local-dir:{tmp_path / 'foreign'}"
+    settings = dict(epochs=3, batch_size=5, size=32)
+    assert not finetune(folder, out, name, Interrupting(console=Console(quiet=True)), **settings)["finished"]
+    unfinished = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert (type(unfinished), unfinished.num_classes) == (type(foreign), 2)
+    assert json.loads(run("info", f"local-dir:{out}", "--json")[1])["input_size"] == [3, 32, 32]
+    code, _, err = run("export", f"local-dir:{out}", tmp_path / "model.onnx", "--with-preprocessing")
+    assert code == 0, err
+    assert mz.OnnxClassifier(tmp_path / "model.onnx").metadata["class_names"] == ["blue", "red"]
+    result = finetune(folder, out, name, resume=True, **settings)
+    assert len(result["history"]) == 3
+    picture(1, 99).save(tmp_path / "red.png")
+    document = json.loads(run("predict", tmp_path / "red.png", "--model", f"local-dir:{out}", "--json")[1])
+    assert {row["class"] for row in document["images"][0]["predictions"]} == {"red", "blue"}
 
 
 def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):

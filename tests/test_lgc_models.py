@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.pretrained import checkpoint_filter_fn
 
 
 @pytest.mark.parametrize("name", LGC_MODELS)
@@ -38,8 +37,9 @@ def test_condensed_model_is_equal(name):
 def test_condense_copies_and_keeps_flags(training):
     model = lively("mobilenetv2_lgc_cifar100").train(training)
     model.blocks[0].eval()
-    before = copy.deepcopy(model.state_dict())
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     condensed = model.condense()
+    assert torch.equal(random_state, torch.get_rng_state())
     assert mz.check_equivalent(condensed, mz.condense(condensed), torch.randn(2, 3, 32, 32)) == 0
     assert [m.training for m in condensed.modules()] == [m.training for m in model.modules()]
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_condense_refuses_unfinished_masks_and_names_the_layer():
     with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*\[24, 24, 24, 24\] of 32"):
         mz.condense(model)
     with pytest.raises(ValueError, match=r"blocks\.0\.0\.expansion\.conv.*finish"):
-        checkpoint_filter_fn(model.state_dict(), timm.create_model("mobilenetv2_lgc_cifar100", condensed=True))
+        timm.create_model("mobilenetv2_lgc_cifar100", condensed=True).load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_MODELS if "lgc" not in name])
@@ -75,9 +75,9 @@ def test_checkpoints_convert_both_ways_without_loss(name):
     fresh_condensed = timm.create_model(name, condensed=True)
     fresh_condensed.load_state_dict(condensed.state_dict())  # strict, as saved
     fresh_masked = timm.create_model(name)
-    fresh_masked.load_state_dict(checkpoint_filter_fn(condensed.state_dict(), fresh_masked))
+    fresh_masked.load_state_dict(condensed.state_dict())
     again = timm.create_model(name, condensed=True)
-    again.load_state_dict(checkpoint_filter_fn(fresh_masked.state_dict(), again))
+    again.load_state_dict(fresh_masked.state_dict())
     expected = condensed.state_dict()
     for other in (fresh_condensed, again):
         assert all(torch.equal(expected[key], value) for key, value in other.state_dict().items())
@@ -85,10 +85,23 @@ def test_checkpoints_convert_both_ways_without_loss(name):
     assert mz.check_equivalent(model, fresh_masked.eval(), x) <= 1e-6
 
 
+@pytest.mark.parametrize("condensed", [True, False])
+def test_checkpoint_path_takes_both_forms(condensed, tmp_path):
+    """timm's `checkpoint_path` passes files on without a filter."""
+    model = lively("mobilenetv2_lgc_proj_cifar100")
+    torch.save({"state_dict": (model if condensed else mz.condense(model)).state_dict()}, tmp_path / "last.pth.tar")
+    options = dict(condensed=condensed, checkpoint_path=tmp_path / "last.pth.tar")
+    loaded = timm.create_model("mobilenetv2_lgc_proj_cifar100", **options).eval()
+    mz.check_equivalent(model, loaded, torch.randn(2, 3, 32, 32))
+    torch.save(timm.create_model("mobilenetv2_lgc_proj_cifar100").state_dict(), tmp_path / "unfinished.pth")
+    with pytest.raises(ValueError, match="finish the CondenseSchedule"):
+        timm.create_model("mobilenetv2_lgc_proj_cifar100", condensed=True, checkpoint_path=tmp_path / "unfinished.pth")
+
+
 def test_a_dense_checkpoint_starts_a_learned_network():
     dense = with_lively_statistics(timm.create_model("mobilenetv2_cifar100"))
     learned = timm.create_model("mobilenetv2_lgc_cifar100").eval()
-    learned.load_state_dict(checkpoint_filter_fn(dense.state_dict(), learned))
+    learned.load_state_dict(dense.state_dict())
     mz.check_equivalent(dense, learned, torch.randn(2, 3, 32, 32))
 
 

@@ -1,6 +1,7 @@
 """Timings and generated tables: what is timed, counted and refused."""
 
 import json
+import re
 import time
 
 import latency
@@ -8,6 +9,7 @@ import pytest
 import tables
 import timm
 import torch
+from conftest import ROOT
 from latency import Cell, Form, Textbook
 from measuring import interleaved
 from report import latency_tables, model_tables, training_tables
@@ -41,6 +43,14 @@ def test_experiments_fit_one_short_table():
     assert 0 < len(table) <= 15
     shown = sum(row.rpartition(" | ")[2].count(";") + 1 for row in table)
     assert shown == sum(row["comparison"] != training_tables.FIVE_EPOCHS for row in training_tables.experiments())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").glob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_have_no_boxes(path):
+    """They stand on white pages and on dark ones."""
+    fills = re.findall(r'<path d="M 0 [^"]*" style="fill: ([^;"]+)', path.read_text())
+    assert set(fills) == {"none"}
+    assert not re.search("#fff|#000|white|black", path.read_text())
 
 
 # Timings

@@ -16,14 +16,22 @@ from typing import Any
 import numpy as np
 
 from report import ROOT, load_json, read_csv
-from report.latency_tables import DEPLOYED, timed
+from report.latency_tables import DEPLOYED, latency, timed
 from report.model_tables import ORIGINAL_TOP1, default_weights
 
 __all__ = ["Figure", "all_figures"]
 
 LEARNED = "mobilenetv2_lgc_cifar100"  # whose masks are shown
-ORIGINAL = "#7f7f7f"
-MARKS = ((ORIGINAL, "o"), ("#1f6fb4", "D"), ("#d9742b", "s"))  # the original's networks, ours, those of others
+# Pictures are transparent: every colour is readable on a white page and on a black one.
+ORIGINAL = INK = "#7a7a7a"
+FAINT = "#7a7a7a40"
+BLUE = "#2f7fd0"
+MARKS = ((ORIGINAL, "o"), (BLUE, "D"), ("#d9742b", "s"))  # the original's networks, ours, those of others
+STYLE = {
+    **{"axes.grid": True, "grid.color": FAINT, "axes.axisbelow": True, "legend.frameon": False},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "savefig.facecolor": "none"},
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
+}
 
 # Where a name may stand: to the right of its mark (1, 0), above it (0, 1) and so on.
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
@@ -73,10 +81,8 @@ class Figure:
         matplotlib.use("svg")
         from matplotlib import pyplot
 
-        style = {"axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True}
-        style |= {"axes.spines.top": False, "axes.spines.right": False}
-        with matplotlib.rc_context({"svg.hashsalt": self.name, "svg.fonttype": "path", **style}):
-            figure = pyplot.figure(layout="constrained", facecolor="white")
+        with matplotlib.rc_context({"svg.hashsalt": self.name, "svg.fonttype": "path", **STYLE}):
+            figure = pyplot.figure(layout="constrained")
             self.draw(figure, self.data)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -122,7 +128,7 @@ def label(axes: Any, points: list[tuple[list[Any], str]]) -> None:
             text.remove()
         taken.append(box)
         if distance > 7:
-            line = dict(arrowstyle="-", color="#aaaaaa", shrinkA=0, linewidth=0.6)
+            line = dict(arrowstyle="-", color=INK, shrinkA=0, linewidth=0.6)
             axes.annotate("", (x, y), arrowprops=line, **place)
 
 
@@ -140,9 +146,11 @@ def draw_training_curves(figure: Any, data: Any) -> None:
 
 
 def draw_mask(figure: Any, data: Any) -> None:
+    from matplotlib.colors import ListedColormap
+
     figure.set_size_inches(7.0, 1.1 + 1.1 * len(data))
     for axes, (title, mask) in zip(figure.subplots(len(data), 1), data.items(), strict=True):
-        axes.imshow(mask, aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
+        axes.imshow(mask, aspect="auto", cmap=ListedColormap([FAINT, BLUE]), interpolation="nearest")
         axes.grid(False)
         axes.set_yticks(range(len(mask)))
         axes.set_ylabel("group", fontsize=8)
@@ -188,12 +196,13 @@ def accuracy_over_latency() -> dict[str, Any]:
             original.append((name, row["ms"], ORIGINAL_TOP1[name]))
     peer = timed(**DEPLOYED | dict(model="CIFAR MobileNetV2, stem stride 1", form="plain"))
     top1 = next(top1 for name, _, top1 in PUBLISHED if name == "MobileNetV2 x1.0 (CIFAR)")
+    processor = latency()["environment"]["device"]
     points = {
         "original's top-1, its layers as they are": original,
         "this zoo, optimized": zoo,
         "MobileNetV2 as usual for CIFAR, published top-1": [("MobileNetV2", peer["ms"], top1)] if peer else [],
     }
-    return {"points": points, "xlabel": "milliseconds per image, batch 1, 1 thread", "log": False}
+    return {"points": points, "xlabel": f"milliseconds per image, one thread of {processor}", "log": False}
 
 
 def training_curves() -> dict[str, dict[str, list[dict[str, float]]]]:

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from report import TIMINGS, load_json, markdown
 
-__all__ = ["DEPLOYED", "NARROW", "int8_table", "not_shipped", "summary_table", "timed", "timings_table"]
+__all__ = ["DEPLOYED", "NARROW", "int8_table", "latency", "not_shipped", "summary_table", "timed", "timings_table"]
 
 FP32: dict[str, Any] = dict(runtime="onnxruntime", precision="fp32")
 FP32_CELLS = {

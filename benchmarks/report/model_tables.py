@@ -1,13 +1,14 @@
 """Tables and sentences on the models and their weights."""
 
 import functools
+import re
 from typing import Any
 
 import timm
 
 import mobilenets_zoo as mz
 from report import ROOT, RUNS, load_json, markdown
-from report.latency_tables import DEPLOYED, NARROW, timed
+from report.latency_tables import DEPLOYED, NARROW, latency, timed
 from report.training_tables import FIVE_EPOCHS, experiments
 
 __all__ = ["ORIGINAL_TOP1", "default_weights", "family_table", "models_table", "profiles", "weights_table"]
@@ -35,8 +36,8 @@ def profiles() -> dict[str, dict[str, Any]]:
     """Returns what profiles.json says of every model: its deployed cost, and what was timed.
 
     `params` and `macs` are of the condensed network, measured on the model itself; `optimized_macs` and `ms` (one image
-    on one thread in ONNX Runtime) of the network that `optimize_for_inference` makes of the weights named `weight`;
-    these three are None where the model wasn't timed.
+    on one thread of `processor` in ONNX Runtime) of the network that `optimize_for_inference` makes of `weight`; these
+    four are None where the model wasn't timed.
     """
     result = {}
     for name in sorted(timm.list_models("*_cifar100")):
@@ -44,6 +45,7 @@ def profiles() -> dict[str, dict[str, Any]]:
         cost = mz.profile(timm.create_model(name, condensed=True) if mz.learned_layers(model) else model)
         row = timed(model=name, **DEPLOYED) or {}
         times = {"optimized_macs": row.get("macs"), "ms": row.get("ms"), "weight": row.get("weight")}
+        times["processor"] = latency()["environment"]["device"] if row else None
         result[name] = {"params": cost.params, "macs": cost.macs, **times}
     return result
 
@@ -58,7 +60,7 @@ def default_weights() -> dict[str, mz.pretrained.WeightEntry]:
 
 
 # Columns of the weights' table: key in the evaluation, digits.
-SCORES = {"top-1 (%)": ("top1", 2), "top-5 (%)": ("top5", 2), "loss": ("loss", 3), "ECE (%)": ("ece", 1)}
+SCORES = {"top-1": ("top1", 2), "top-5": ("top5", 2), "ECE": ("ece", 1)}
 COSTS = ["params (M)", "MACs (M)", "optimized (M)", "ms"]
 
 
@@ -74,7 +76,9 @@ def models_table(rows: dict[str, dict[str, Any]]) -> str:
         top1 = f"{weights[name].top1:.2f}" if name in weights else "-"
         original = f"{ORIGINAL_TOP1[name]:.2f}" if name in ORIGINAL_TOP1 else "-"
         table.append([f"`{name}`", *_costs(row), top1, original, str(measured_runs(name, row["params"]))])
-    return markdown(["model", *COSTS, "top-1 (%)", "original (%)", "runs"], table)
+    env = latency()["environment"]
+    source = f"ms: {env['device']}, ONNX Runtime {env['onnxruntime']}."
+    return f"{markdown(['model', *COSTS, 'top-1 (%)', 'original (%)', 'runs'], table)}\n\n{source}"
 
 
 @functools.cache
@@ -101,11 +105,11 @@ def weights_table() -> str:
     for entry in mz.manifest().values():
         result = load_json(ROOT / entry.result)
         scores = (f"{result['evaluation'][key]:.{digits}f}" for key, digits in SCORES.values())
-        epochs = " + ".join(map(str, chain_epochs(result)))
-        device = result["training"]["device"].replace("(R)", "").replace(" Processor", "")
-        teacher = entry.taught_by.partition(".")[0] if entry.taught_by else "labels alone"
-        rows.append([f"`{entry.name}`", *scores, epochs, device, teacher, f"[recipe](../{entry.recipe})"])
-    return markdown(["weight", *SCORES, "epochs", "trained on", "taught by", "run"], rows)
+        epochs = "+".join(map(str, chain_epochs(result)))
+        device = re.sub(r"\(R\)|Processor|NVIDIA|Intel|AMD", "", result["training"]["device"]).strip()
+        taught = "yes" if entry.taught_by else "no"
+        rows.append([f"[`{entry.name}`](../{entry.recipe})", *scores, epochs, device, taught])
+    return markdown(["weight", *SCORES, "epochs", "on", "KD"], rows)
 
 
 PARENT = "mobilenetv2_cifar100"  # whose weights the family of docs/lgc.md started from

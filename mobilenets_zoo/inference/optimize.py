@@ -45,7 +45,8 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
-        x = super().forward(x if self.index is None else x.index_select(1, self.index))
+        index = self.index  # TorchScript narrows the type of a local name alone
+        x = self._conv_forward(x if index is None else x.index_select(1, index), self.weight, self.bias)
         return F.relu6(x) if self.act else x
 
 

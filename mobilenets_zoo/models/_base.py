@@ -1,6 +1,7 @@
 """What both families share: timm's model contract around `stem`, `blocks`, `head_conv` and `classifier`."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from mobilenets_zoo.data import CIFAR100_CLASSES
 from mobilenets_zoo.lgc.condense import condense
+from mobilenets_zoo.pretrained import checkpoint_filter_fn
 
 __all__ = ["MobileNetBase", "ConvBn", "cifar100_cfg"]
 
@@ -114,6 +116,11 @@ class MobileNetBase(nn.Module):
     def condense(self) -> nn.Module:
         """Returns a copy whose learned group convolutions are standard grouped ones; see `mobilenets_zoo.condense`."""
         return condense(self)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's; learned layers come in the form, masked or condensed, that this model has."""
+        return super().load_state_dict(checkpoint_filter_fn(dict(state_dict), self), *args, **kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

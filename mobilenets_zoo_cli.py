@@ -1,7 +1,12 @@
-"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | finetune`."""
+"""The command line: `mobilenets-zoo list | info | predict | evaluate | export | finetune`.
 
+A module beside the package, because importing the package imports torch, which --help and --version needn't wait for.
+"""
+
+import difflib
 import importlib.util
 import json
+import os
 import signal
 import sys
 import time
@@ -10,23 +15,33 @@ from pathlib import Path
 from typing import Any, Optional
 
 import click
-import timm
-import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from timm.data import create_transform, resolve_model_data_config
-
-import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import FAST_MS, best_model, model_names, progress_bar, summary
 
 __all__ = ["main"]
+
+
+class _OnUse:
+    """A module that is imported when something in it is used."""
+
+    def __init__(self, name: str):
+        self._module_name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module_name), name)
+
+
+timm: Any = _OnUse("timm")
+torch: Any = _OnUse("torch")
+mz: Any = _OnUse("mobilenets_zoo")
+catalogue: Any = _OnUse("mobilenets_zoo.catalogue")
 
 MAX_IMAGE_BYTES = 64 * 2**20
 
 # What `info` says where a value is None.
 MISSING = {
     "ms": "not measured",
+    "processor": "not measured",
     "optimized_macs": "not measured",
     "taught_by": "the labels alone",
     "revision": "not published yet",
@@ -36,7 +51,7 @@ MISSING = {
 SOURCES = ("local-dir:", "hf-hub:")
 
 
-class InputError(Exception):
+class InputError(click.ClickException):
     """Bad input; the message is one line that says what is wrong and what to do."""
 
 
@@ -48,14 +63,19 @@ def main() -> None:
         sys.exit(130)
     except click.ClickException as error:
         message = error.format_message()
-    except (InputError, mz.WeightsError) as error:
+    except OSError as error:  # those of files are InputErrors
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try to write the rest again as it ends
+        message = f"standard output can't be written: {error.strerror or error}"
+    except RuntimeError as error:
+        if not isinstance(error, mz.WeightsError):
+            raise
         message = str(error)
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
 @click.group(no_args_is_help=False, context_settings=dict(help_option_names=["-h", "--help"]))
-@click.version_option(mz.__version__, package_name="mobilenets-zoo", prog_name="mobilenets-zoo")
+@click.version_option(package_name="mobilenets-zoo", prog_name="mobilenets-zoo")
 def cli() -> None:
     """Small, fast CIFAR-100 networks: list them, classify images, measure them.
 
@@ -64,7 +84,7 @@ def cli() -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-data_option: dict[str, Any] = dict(help="Parquet folder, torchvision root, or uoft-cs/cifar100.")
+data_option: dict[str, Any] = dict(help="Parquet folder or file, torchvision root, or uoft-cs/cifar100.")
 
 
 @cli.command("list")
@@ -74,21 +94,31 @@ def list_models(as_json: bool) -> None:
 
     ms is the time of one image, and timed MACs are those of the network that took it.
     """
-    rows = [summary(name) for name in model_names()]
+    rows = [catalogue.summary(name) for name in catalogue.model_names()]
     rows.sort(key=lambda row: (row["name"].split("_")[0], -row["macs"]))
     if as_json:
         _print_json(rows)
         return
-    table = Table("model", "params\n(M)", "MACs\n(M)", "timed\n(M)", "ms", "top-1\n(%)")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        timed = f"{row['optimized_macs'] / 1e6:.1f}" if row["optimized_macs"] else "-"
-        milliseconds = f"{row['ms']:.2f}" if row["ms"] else "-"
-        top1 = f"{row['weights']['top1']:.2f}" if row["weights"] else "-"
-        cost = (f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}")
-        table.add_row(row["name"], *cost, timed, milliseconds, top1)
-    _console().print(table)
+    columns = {
+        "model": [row["name"] for row in rows],
+        "top-1\n(%)": [f"{row['weights']['top1']:.2f}" if row["weights"] else "-" for row in rows],
+        "ms": [f"{row['ms']:.2f}" if row["ms"] else "-" for row in rows],
+        "params\n(M)": [f"{row['params'] / 1e6:.3f}" for row in rows],
+        "MACs\n(M)": [f"{row['macs'] / 1e6:.1f}" for row in rows],
+        "timed\n(M)": [f"{row['optimized_macs'] / 1e6:.1f}" if row["optimized_macs"] else "-" for row in rows],
+    }
+    processors = ", ".join(sorted({row["processor"] for row in rows if row["processor"]}))
+    console = _console()
+    while True:  # a narrow terminal shows fewer columns, and whole names
+        table = Table(show_edge=False, pad_edge=False, caption=f"ms: one image on one thread of {processors}")
+        for header in columns:
+            table.add_column(header, justify="left" if header == "model" else "right", overflow="fold")
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells)
+        if len(columns) == 1 or Console(width=1000).measure(table).maximum <= console.width:
+            break
+        columns.popitem()
+    console.print(table)
 
 
 @cli.command()
@@ -100,35 +130,32 @@ def info(name: str, as_json: bool) -> None:
     if name.startswith(SOURCES):
         model = _pretrained(name)
         cfg = model.pretrained_cfg
+        tags = []
         cost = mz.profile(_condensed(model) if mz.learned_layers(model) else model, cfg["input_size"])
         document = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
     else:
         cfg = timm.get_pretrained_cfg(name).to_dict()
-        document = summary(name)
+        tags = _tags(name.partition(".")[0])
+        document = catalogue.summary(name)
+    document["tags"] = tags
     document["input_size"] = list(cfg["input_size"])
     document["mean"], document["std"] = list(cfg["mean"]), list(cfg["std"])
     document["description"] = (timm.model_entrypoint(cfg["architecture"]).__doc__ or "").strip()
     if as_json:
         _print_json(document)
         return
-    table = Table("", "", show_header=False)
-    table.columns[1].overflow = "fold"
-    weights: Any = document.pop("weights") or {}
-    rows: dict[str, Any] = {**document, **weights}
-    for key, value in rows.items():
+    weights = document.pop("weights") or {}
+    for key, value in (document | weights).items():
         if value is None:
             value = MISSING[key]
         elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else _printable(str(value)))
-    _console().print(table)
+            value = ", ".join(map(str, value)) or "-"
+        click.echo(f"{key:15} {f'{value:,}' if isinstance(value, int) else _printable(str(value))}")
 
 
 @cli.command()
 @click.argument("images", nargs=-1, metavar="IMAGE...")
-@click.option(
-    "--model", "name", help=f"NAME to use; by default the most accurate one that takes less than {FAST_MS} ms."
-)
+@click.option("--model", "name", help="NAME to use; by default the most accurate of those that are fast.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show.")
 @click.option("--demo", is_flag=True, help="Classify a sample photo of scikit-image.")
 @json_option
@@ -138,9 +165,10 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
         images = (*images, _sample_photo())
     if not images:
         raise InputError("Missing argument IMAGE...; give an image file, or --demo for a sample photo")
-    name = name or best_model()
+    name = name or catalogue.best_model()
     model = _pretrained(name)
-    transform, classes = create_transform(**resolve_model_data_config(model)), _class_names(model)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    classes = _class_names(model)
     results: list[dict[str, Any]] = []
     for image in images:
         try:
@@ -196,7 +224,7 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
             raise ValueError("the device meta holds no values; choose cpu or cuda")
         model = model.to(torch.device(device), memory_format=torch.channels_last)
         images = mz.data.load_images(data, "test")
-        with progress_bar() as progress:
+        with catalogue.progress_bar() as progress:
             result = mz.evaluation.evaluate(model, images, batch_size, _counter(progress, name, len(images)))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(str(error)) from error
@@ -245,7 +273,7 @@ def export(
             if len(test.classes) != model.num_classes:
                 raise ValueError(f"the data has {len(test.classes)} classes and the model {model.num_classes}")
             calibration = mz.onnx.calibration_images(train)
-        with progress_bar() as progress:
+        with catalogue.progress_bar() as progress:
             exported = _counter(progress, f"export {full_name}", 1)
             mz.export_onnx(network, file, preprocessing=with_preprocessing, calibration_images=calibration)
             exported(1)
@@ -286,7 +314,7 @@ def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: 
     _check_name(name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
     try:
-        with progress_bar() as progress:
+        with catalogue.progress_bar() as progress:
             chosen = finetuning.Settings(**settings)
             result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
@@ -312,8 +340,8 @@ def _read_image(source: str) -> Any:
             content = file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"{label}: no such file; check the path") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, RuntimeError) as error:  # click's RuntimeError: standard input is closed
+        reason = getattr(error, "strerror", None) or ("is closed" if source == "-" else error)
         raise InputError(f"{label}: {reason}; give an image file that can be read") from None
     if len(content) > MAX_IMAGE_BYTES:
         raise InputError(f"{label}: has more than {MAX_IMAGE_BYTES / 2**20:.0f} MiB; make the image smaller first")
@@ -337,7 +365,7 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _counter(progress: Progress, description: str, total: int) -> Callable[[int], None]:
+def _counter(progress: Any, description: str, total: int) -> Callable[[int], None]:
     """Adds a bar and returns what sets how much of it is done."""
     task = progress.add_task(description, total=total)
     return lambda completed: progress.update(task, completed=completed)
@@ -353,12 +381,19 @@ def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
+def _tags(model: str) -> list[str]:
+    return [entry.tag for entry in mz.manifest().values() if entry.model == model]
+
+
 def _check_name(name: str) -> None:
-    model, weights = name.partition(".")[0], mz.pretrained.manifest()
-    if name.startswith(SOURCES) or name in weights or name in model_names():
+    names, (model, _, tag) = catalogue.model_names(), name.partition(".")
+    if name.startswith(SOURCES) or name in mz.manifest() or name in names:
         return
-    choices = [entry for entry in weights if entry.partition(".")[0] == model] or model_names()
-    raise InputError(f"there is no model {name!r}; choose one of {', '.join(choices)}")
+    if model in names:
+        raise InputError(f"{model} has no weight {tag!r}; its tags are {', '.join(_tags(model))}")
+    close = " or ".join(difflib.get_close_matches(model, names, 2))
+    hint = f"did you mean {close}?" if close else "see mobilenets-zoo list"
+    raise InputError(f"there is no model {name!r}; {hint}")
 
 
 def _pretrained(name: str) -> Any:
