@@ -10,6 +10,7 @@ exports what was trained and, when it is called again, times all of it in one ru
 """
 
 import argparse
+import copy
 import json
 import sys
 from dataclasses import asdict
@@ -65,7 +66,11 @@ def measure(row: str, data: str, out: Path, device: str) -> dict[str, Any]:
     kept = ~held_out(images.labels)
     labels = load_soft_labels(recipe, images).subset(kept)
     trainer = Trainer([recipe], images.subset(kept), labels, None, torch.device(device), out)
-    start = top1(trainer.students[0].model, test)
+    out.mkdir(parents=True, exist_ok=True)
+    start = copy.deepcopy(trainer.students[0].model)
+    for layer in mz.learned_layers(start).values():
+        layer.prune_(layer.in_channels // layer.condense_factor)  # by magnitude, where no images have done it
+    start_top1 = top1(start, test)
     if not (out / "model.safetensors").exists():
         if (out / CHECKPOINT).exists():
             trainer.load()
@@ -76,7 +81,7 @@ def measure(row: str, data: str, out: Path, device: str) -> dict[str, Any]:
     model = create(recipe, out, len(test.classes), device, **condensed)
     optimized = mz.optimize_for_inference(model)
     macs = {"macs": mz.profile(model).macs, "optimized_macs": mz.profile(optimized).macs}
-    return {"row": row, **asdict(recipe), **macs, "start_top1": start, "top1": top1(model, test)}
+    return {"row": row, **asdict(recipe), **macs, "start_top1": start_top1, "top1": top1(model, test)}
 
 
 def time_rows(rows: list[dict[str, Any]], out: Path) -> None:
@@ -96,6 +101,10 @@ def time_rows(rows: list[dict[str, Any]], out: Path) -> None:
         row["ms"] = round(timed["ms"], 3)
 
 
+def load_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="CIFAR-100: Parquet folder, torchvision root, Hub id")
@@ -104,23 +113,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="time what was trained")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-
-    def write() -> None:
-        results["rows"].sort(key=lambda row: list(ROWS).index(row["row"]))
-        mz.files.write_json(RESULTS, results)
-
     try:
         if args.time:
+            results = load_results()
             time_rows(results["rows"], args.out)
-            results["timed_on"] = environment()
-            write()
+            mz.files.write_json(RESULTS, results | {"timed_on": environment()})
             return 0
-        for row in args.rows:
-            if row not in [done["row"] for done in results["rows"]]:
-                results["rows"].append(measure(row, args.data, args.out / row, args.device))
-                results["trained_on"] = environment(args.device)
-                write()
+        for name in args.rows:
+            if any(row["row"] == name for row in load_results()["rows"]):
+                continue
+            row = measure(name, args.data, args.out / name, args.device)
+            results = load_results()  # another process may have added to it
+            rows = sorted([*results["rows"], row], key=lambda row: list(ROWS).index(row["row"]))
+            mz.files.write_json(RESULTS, results | {"rows": rows, "trained_on": environment(args.device)})
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
