@@ -2,11 +2,13 @@
 
     python benchmarks/publish.py NAME [--dry-run DIR] [--namespace NAMESPACE]
     python benchmarks/publish.py --all [--dry-run DIR]
+    python benchmarks/publish.py --space DIR
 
 NAME is a model, or MODEL.TAG for a weight that isn't its model's default. A weight is one commit in the repository
 NAMESPACE/MODEL, tagged TAG; the main branch ends with the default weight. The commit is written into the manifest,
 which pins downloads to it. Log in first: `hf auth login`. --dry-run writes what would be uploaded and uploads nothing:
-DIR itself, or with --all a folder in DIR for each weight. The card's text is benchmarks/model_card.md.
+DIR itself, or with --all a folder in DIR for each weight. The card's text is benchmarks/model_card.md. --space writes
+the demo page as a static Space, to upload with `hf upload NAMESPACE/demo DIR --repo-type space`.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import build_demo
 import timm
 import torch
 from huggingface_hub import HfApi
@@ -32,6 +35,22 @@ from mobilenets_zoo.pretrained import HUB_FILENAME, WeightEntry, default_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "benchmarks" / "model_card.md"
+
+# Threads need a page that is isolated from other origins.
+SPACE = """\
+---
+title: mobilenets_zoo
+sdk: static
+app_file: index.html
+license: mit
+custom_headers:
+  cross-origin-embedder-policy: require-corp
+  cross-origin-opener-policy: same-origin
+  cross-origin-resource-policy: cross-origin
+---
+
+Small CIFAR-100 networks that run in the browser. Written by `benchmarks/publish.py --space` of mobilenets_zoo.
+"""
 
 
 def is_default(entry: WeightEntry) -> bool:
@@ -98,6 +117,16 @@ def model_card(entry: WeightEntry, namespace: str) -> str:
     )
 
 
+def build_space(folder: Path, namespace: str) -> None:
+    """Writes the demo page as a static Space of the Hub.
+
+    Raises:
+        ValueError, ImportError: as `build_demo.build`.
+    """
+    build_demo.build(folder, home=f"https://huggingface.co/{namespace}")
+    (folder / "README.md").write_text(SPACE, encoding="utf-8")
+
+
 def publish(entry: WeightEntry, folder: Path, repo: str) -> tuple[str, bool]:
     """Uploads a folder in one commit and tags it; returns the tag's commit and whether anything changed.
 
@@ -154,11 +183,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="a model or MODEL.TAG")
     parser.add_argument("--all", action="store_true", help="every weight of the package")
     parser.add_argument("--dry-run", type=Path, metavar="DIR", help="write folders, upload nothing")
+    parser.add_argument("--space", type=Path, metavar="DIR", help="write the demo page as a Space, upload nothing")
     parser.add_argument("--namespace", default="mobilenets-zoo", help="user or organisation on the Hub")
     args = parser.parse_args(argv)
     try:
-        if bool(args.name) == args.all:
-            raise ValueError("give either the NAME of a model or --all")
+        if [bool(args.name), args.all, bool(args.space)].count(True) != 1:
+            raise ValueError("give either the NAME of a model or --all or --space")
+        if args.space:
+            build_space(args.space, args.namespace)
+            return 0
         entries = chosen(args.name)
         for entry in entries[:1] if args.name and args.dry_run else entries:
             with tempfile.TemporaryDirectory() as scratch:
@@ -176,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{entry.name}: {'published' if changed else 'unchanged'}, {repo} at {revision}", flush=True)
             if entry.hub_id == repo and entry.revision != revision:
                 record_revision(entry, revision)
-    except (ValueError, OSError, mz.WeightsError) as error:
+    except (ValueError, OSError, ImportError, mz.WeightsError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

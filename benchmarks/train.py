@@ -84,7 +84,7 @@ class Trainer:
         self.students = []
         for recipe in recipes:
             folder = out if len(recipes) == 1 else out / recipe.name
-            self.students.append(Student(recipe, self.num_classes, self.total_steps, device, folder))
+            self.students.append(Student(recipe, self.num_classes, self.total_steps, device, folder, self.images))
         cfg: dict[str, Any] = self.students[0].model.pretrained_cfg  # type: ignore[assignment]
         self.mean, self.std = cfg["mean"], cfg["std"]
         self.graph = Graph(self.students) if all(student.capturable for student in self.students) else None

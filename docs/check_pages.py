@@ -42,10 +42,10 @@ LINKS = "return [...document.querySelectorAll('a[href]')].map(a => a.href);"
 IDS = "return [...document.querySelectorAll('[id]')].map(e => e.id);"
 
 
-def chromium(profile: str) -> webdriver.Chrome:
+def chromium(profile: str, *arguments: str) -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"):
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", *arguments):
         options.add_argument(argument)
     options.add_argument("--disable-background-networking")
     options.add_argument("--disable-component-update")

@@ -15,6 +15,7 @@ from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 SMALL = dict(width_mult=0.25, expand_ratio=4, num_classes=10)
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+CALIBRATION = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 
 
 def lively(name: str, **kwargs) -> nn.Module:
@@ -39,46 +40,69 @@ def test_learned_groups_start_dense(name):
 
 def block_diagonal(conv: nn.Module) -> torch.Tensor:
     if isinstance(conv, mz.LearnedGroupConv2d):
-        return conv.weight
+        return conv.masked_weight()
     return torch.block_diag(*conv.weight.flatten(1).chunk(conv.groups))[:, :, None, None]
 
 
-def as_dense(grouped: mz.MobileNetV2, seed: int) -> mz.MobileNetV2:
-    """Returns a dense network with the outputs of a grouped one, its shuffles undone and its hidden channels mixed."""
+def as_dense(grouped: mz.MobileNetV2) -> mz.MobileNetV2:
+    """Returns a dense network with the outputs of a grouped one, its shuffles undone."""
     dense = timm.create_model("mobilenetv2_cifar100", **SMALL).eval()
-    generator = torch.Generator().manual_seed(seed)
     blocks = [[m for m in net.modules() if isinstance(m, Bottleneck)] for net in (grouped, dense)]
     for name in ("stem", "head_conv", "classifier"):
         dense.get_submodule(name).load_state_dict(grouped.get_submodule(name).state_dict())
-
-    def before(shuffle: nn.Module, count: int) -> torch.Tensor:
-        return shuffle(torch.arange(count).float().reshape(1, -1, 1, 1)).flatten().long()
-
     with torch.no_grad():
         for old, new in zip(*blocks, strict=True):
-            hidden = old.depthwise.conv.in_channels
-            mix = torch.randperm(hidden, generator=generator)
-            made = before(old.shuffle_hidden, hidden)[mix]
-            out = before(old.shuffle_out, old.projection.conv.out_channels)
-            new.expansion.conv.weight.copy_(block_diagonal(old.expansion.conv)[made])
-            new.projection.conv.weight.copy_(block_diagonal(old.projection.conv)[out][:, mix])
-            for part, rows in (("expansion.bn", made), ("depthwise", mix), ("projection.bn", out)):
-                for key, value in old.get_submodule(part).state_dict().items():
-                    new.get_submodule(part).state_dict()[key].copy_(value[rows] if value.ndim else value)
+            made = [
+                shuffle(torch.arange(len(layer.bn.weight)).float().reshape(1, -1, 1, 1)).flatten().long()
+                for shuffle, layer in ((old.shuffle_hidden, old.expansion), (old.shuffle_out, old.projection))
+            ]
+            new.depthwise.load_state_dict(old.depthwise.state_dict())
             new.shortcut.load_state_dict(old.shortcut.state_dict())
+            for part, rows in zip(("expansion", "projection"), made, strict=True):
+                theirs, ours = old.get_submodule(part), new.get_submodule(part)
+                ours.conv.weight.copy_(block_diagonal(theirs.conv)[rows])
+                for key, value in theirs.bn.state_dict().items():
+                    ours.bn.state_dict()[key].copy_(value[rows] if value.ndim else value)
     return dense
 
 
-@pytest.mark.parametrize("kind", ["gc_exp", "gc_proj", "gc", "gc_lgc", "lgc_gc"])
-def test_groups_hidden_in_a_dense_network_are_found(kind):
-    """A dense network that is a grouped one in disguise: its channels are put back, and nothing is lost."""
+@torch.no_grad()
+def distance(model: nn.Module, reference: nn.Module) -> float:
+    expected = reference(CALIBRATION)
+    return ((model(CALIBRATION) - expected).square().mean() / expected.var(0).mean()).item()
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize("kind", ["gc_exp", "gc_proj", "gc", "gc_lgc", "lgc_gc", "lgc"])
+def test_a_grouped_network_in_disguise_is_found(kind, calibration):
+    """A dense network that is a grouped one: a group's own inputs are enough, and learned groups find theirs."""
     name = f"mobilenetv2_{kind}_cifar100"
     grouped = lively(name, **SMALL)
-    dense = as_dense(grouped, seed=3)
+    if calibration is not None:
+        for layer in mz.learned_layers(grouped).values():
+            layer.prune_(layer.in_channels // layer.condense_factor)
+    dense = as_dense(grouped)
     mz.check_equivalent(grouped, dense, IMAGES)
     again = timm.create_model(name, **SMALL).eval()
-    transfer(dense, again)
-    mz.check_equivalent(dense, again, IMAGES)
+    transfer(dense, again, calibration)
+    if calibration is None:
+        mz.check_equivalent(dense, again, IMAGES)
+        return
+    assert all((layer.mask.sum(1) == layer.in_channels // 4).all() for layer in mz.learned_layers(again).values())
+    assert distance(again, dense) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("mobilenetv2_gc_cifar100", {}), ("mobilenetv2_cifar100", {"width_mult": 0.25})]
+)
+def test_refitting_brings_a_start_closer(name, arguments):
+    dense = lively("mobilenetv2_cifar100", **{**SMALL, "width_mult": 0.5})
+    errors = []
+    for calibration in (None, CALIBRATION):
+        start = timm.create_model(name, **{**SMALL, "width_mult": 0.5, **arguments}).eval()
+        transfer(dense, start, calibration)
+        errors.append(distance(start, dense))
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_a_narrower_network_has_the_channels_that_matter():
@@ -123,7 +147,7 @@ def test_a_narrower_network_has_the_channels_that_matter():
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("v1_w050", "v1_w025"), ("v2_t1", "v2"), ("v2_gc", "v2_lgc"), ("v1", "v2")],
+    [("v1_w050", "v1_w025"), ("v2_t1", "v2"), ("v2_gc", "v2_lgc"), ("v1", "v2"), ("v2_t4", "v2_lgc")],
 )
 def test_pairs_without_a_rule_are_refused(source, target):
     with pytest.raises(ValueError, match="start"):

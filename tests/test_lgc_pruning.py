@@ -190,6 +190,72 @@ def test_batches_teacher_and_half_precision():
     assert relative_error(models[2].float(), dense, images) < 1.2 * relative_error(models[0], dense, images)
 
 
+@pytest.mark.parametrize("sizes", [[1064], [1, 1063], [8, 1056]])
+def test_how_images_are_batched_does_not_matter(sizes):
+    """A layer with few inputs looks at a part of the images, which is counted in images and not in batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(mz.LearnedGroupConv2d(64, 64))
+    dense, images = copy.deepcopy(model), correlated(1064, 64, size=4)
+    report = mz.prune_groups(model, images.split(sizes))
+    assert relative_error(model, dense, images) == pytest.approx(report.layers["0"].error, rel=0.02)
+
+
+@pytest.mark.parametrize("change", ["activation", "sum"])
+def test_a_map_that_changes_before_the_norm_keeps_the_running_mean(change):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = mz.LearnedGroupConv2d(16, 16), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            y = self.layer(x=x)
+            y = y.relu_() if change == "activation" else y.add_(x)
+            return self.norm(y)
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    mz.prune_groups(model, correlated(32, 16))
+    assert not model.norm.running_mean.any()
+
+
+@pytest.mark.parametrize(("scale", "autocast"), [(1.0, True), (2.0**-14, False), (2.0**14, False)])
+def test_neither_autocast_nor_scale_matter(scale, autocast):
+    torch.manual_seed(0)
+    images = correlated(32, 64)
+    models = [nn.Sequential(mz.LearnedGroupConv2d(64, 32, bias=True))]
+    models.append(copy.deepcopy(models[0]))
+    errors = [mz.prune_groups(models[0], images).layers["0"].error]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        errors.append(mz.prune_groups(models[1], images * scale).layers["0"].error)
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_an_error_changes_nothing():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16)
+    norm.running_var.fill_(-1.0)  # the second layer's inputs aren't finite
+    model = nn.Sequential(mz.LearnedGroupConv2d(16, 16), norm, mz.LearnedGroupConv2d(16, 16))
+    before, schedule = copy.deepcopy(model.state_dict()), mz.CondenseSchedule(model, correlated(32, 16))
+    with pytest.raises(ValueError, match="not finite"):
+        schedule.step(1.0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    norm.running_var.fill_(1.0)
+    assert schedule.step(1.0)
+    assert is_finished(model)
+
+
+def test_the_model_itself_as_its_teacher():
+    torch.manual_seed(0)
+    models = [Everything().eval()]
+    models.append(copy.deepcopy(models[0]))
+    images = correlated(40, 16, size=9)
+    mz.prune_groups(models[0], images)
+    mz.prune_groups(models[1], images, teacher=models[1])
+    for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_schedule_prunes_with_images():
     torch.manual_seed(0)
     model = Everything().eval()
@@ -206,7 +272,7 @@ def test_schedule_prunes_with_images():
         (dict(model=nn.Conv2d(16, 8, 1)), "no LearnedGroupConv2d"),
         (
             dict(images=torch.randn(1, 16, 1, 3)),
-            "1 images are too few for the 16 inputs of 0, which has 3 positions in an image; give at least 6,",
+            "1 images are too few for the 16 inputs of 0: give at least 6,",
         ),
         (dict(images=torch.full((8, 16, 4, 4), torch.nan)), "not finite"),
         (dict(images=torch.zeros(8, 16, 4, 4, dtype=torch.uint8)), "floating-point"),
@@ -218,6 +284,7 @@ def test_schedule_prunes_with_images():
         (dict(inputs=lambda layer: 0), "not 0"),
         (dict(teacher=nn.ReLU()), "teacher has no layer 0"),
         (dict(teacher=nn.Sequential(nn.Conv2d(16, 4, 1))), "another shape"),
+        (dict(sharing=-1.0), "sharing must be 0 or larger"),
     ],
 )
 def test_bad_arguments(arguments, message):

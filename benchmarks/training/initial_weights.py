@@ -5,21 +5,21 @@ A recipe's `init_from` is one of
 - "package:MODULE/FILE", a PyTorch file inside an installed package, checked by its sha256, whose tensors have the order
   and the shapes of the network's own.
 
-A zoo model may start from one of the same architecture, a MobileNetV2 also from a dense one that is as wide or wider:
-the channels that matter most are kept, hidden ones and those between bottlenecks; a learned group convolution takes the
-dense weight with a mask of ones, a group convolution its groups' own blocks, after the hidden channels are ordered so
-that as much weight as possible lies in the blocks.
+A zoo model may start from one of the same architecture, a MobileNetV2 also from a dense one. With calibration images,
+`mz.prune_groups` chooses what learned groups and a narrower network's projections read and refits what is kept, fixed
+groups too, to the dense network's outputs. Without, a learned group convolution takes the dense weight with a mask of
+ones and a group convolution its groups' own blocks.
 """
 
+import copy
 import hashlib
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any, Optional
 
-import numpy as np
 import timm
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -30,8 +30,14 @@ from training.recipe import RUNS
 __all__ = ["start_from", "transfer"]
 
 
-def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
+def start_from(model: nn.Module, source: str, sha256: str = "", images: Optional[torch.Tensor] = None) -> None:
     """Loads a recipe's `init_from` into a new network, in place; a classifier of another size stays as it is.
+
+    Args:
+        model: the new network.
+        source: where the weights come from.
+        sha256: digest that a package's file must have.
+        images: calibration images (N, 3, H, W), normalised.
 
     Raises:
         ValueError: the source doesn't exist, is altered, or fits the network in no way.
@@ -45,7 +51,7 @@ def start_from(model: nn.Module, source: str, sha256: str = "") -> None:
         else:
             overlay = {"file": str(RUNS / source / "model.safetensors")}
             origin = timm.create_model(source.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay)
-        transfer(origin, model)
+        transfer(origin, model, images)
         normalise_(model)  # a group's rows are a part of the dense network's
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"init_from {source!r} can't be loaded: {error}") from error
@@ -75,11 +81,11 @@ def _load_package_file(model: nn.Module, source: str, sha256: str) -> None:
 
 
 @torch.no_grad()
-def transfer(source: nn.Module, target: nn.Module) -> None:
+def transfer(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor] = None) -> None:
     """Loads one zoo network's weights into another, in place.
 
     Raises:
-        ValueError: there is no rule for this pair.
+        ValueError: there is no rule for this pair, or what `mz.prune_groups` raises.
         RuntimeError: head or classifier have another size.
     """
     refusal = f"no rule starts {type(target).__name__} from this {type(source).__name__}"
@@ -87,10 +93,14 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
         target.load_state_dict(source.state_dict())
     elif not isinstance(source, mz.MobileNetV2) or not isinstance(target, mz.MobileNetV2):
         raise ValueError(refusal)
-    elif not all(_is_dense(block.expansion.conv) and _is_dense(block.projection.conv) for block in _blocks(source)):
+    elif not _is_dense(source):
         raise ValueError(f"{refusal}: its 1x1 convolutions must be dense")
+    elif _widths(source) == _widths(target):
+        _group(source, target, images)
+    elif not _is_dense(target) or any(old < new for old, new in zip(_widths(source), _widths(target), strict=True)):
+        raise ValueError(f"{refusal}: a dense one can be narrowed, nothing else")
     else:
-        _narrow(source, target, refusal)
+        _narrow(source, target, images)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -101,128 +111,128 @@ def _blocks(model: nn.Module) -> list[Bottleneck]:
     return [module for module in model.modules() if isinstance(module, Bottleneck)]
 
 
-def _hidden(block: Bottleneck) -> int:
-    return block.depthwise.conv.in_channels  # type: ignore[return-value]
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the expansion and the projection of each bottleneck, each a convolution `conv` and a BatchNorm `bn`."""
+    return [layer for block in _blocks(model) for layer in (block.expansion, block.projection)]
 
 
-def _is_dense(conv: nn.Module) -> bool:
-    return isinstance(conv, nn.Conv2d) and conv.groups == 1
+def _is_dense(model: nn.Module) -> bool:
+    return all(isinstance(layer.conv, nn.Conv2d) and layer.conv.groups == 1 for layer in _layers(model))
 
 
-def _groups(conv: nn.Module) -> int:
-    """Groups of a plain group convolution; 1 for a dense or a learned one, which read all inputs."""
-    return conv.groups if isinstance(conv, nn.Conv2d) else 1
+def _channels(layer: nn.Module) -> int:
+    return len(layer.get_parameter("bn.weight"))
 
 
-def _narrow(source: nn.Module, target: nn.Module, refusal: str) -> None:
-    pairs = list(zip(_blocks(source), _blocks(target), strict=True))
-    widths = [(_hidden(old), _hidden(new)) for old, new in pairs]
-    widths += [(len(old), len(new)) for old, new in zip(_written(source), _written(target), strict=True)]
-    if any(old < new for old, new in widths):
-        raise ValueError(f"{refusal}: it has fewer channels")
-    kept = iter(_kept_between(source, target))
-    inputs = next(kept)
-    _load_rows(source.get_submodule("stem"), target.get_submodule("stem"), inputs)
-    for old, new in pairs:
-        outputs = next(kept)
-        _transfer_bottleneck(old, new, inputs, outputs)
-        inputs = outputs
-    target.get_parameter("head_conv.conv.weight").copy_(source.get_parameter("head_conv.conv.weight")[:, inputs])
-    for name in ("head_conv.bn", "classifier"):
-        target.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
+def _widths(model: nn.Module) -> list[int]:
+    return [_channels(layer) for layer in (model.get_submodule("stem"), *_layers(model))]
 
 
-def _written(model: nn.Module) -> list[torch.Tensor]:
-    """Returns BatchNorm's weights of all that writes channels between bottlenecks: the stem and the projections."""
-    layers = [model.get_submodule("stem"), *(block.projection for block in _blocks(model))]
-    return [layer.get_parameter("bn.weight") for layer in layers]
+def _group(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor]) -> None:
+    """Starts a network with groups from a dense one of its width."""
+    # The dense network with the target's shuffles: its fixed groups are learned layers for now.
+    dense = copy.deepcopy(target).eval()
+    for layer in _layers(dense):
+        conv = layer.conv
+        if isinstance(conv, nn.Conv2d) and conv.groups > 1:
+            layer.conv = mz.LearnedGroupConv2d(conv.in_channels, conv.out_channels, conv.groups, conv.groups)
+    for name in ("stem", "head_conv", "classifier"):
+        dense.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
+    for old, new in zip(_blocks(source), _blocks(dense), strict=True):
+        _load(old.expansion, new.expansion, _before(new.shuffle_hidden, new.expansion))
+        _load(old.depthwise, new.depthwise)
+        _load(old.projection, new.projection, _before(new.shuffle_out, new.projection))
+        _load(old.shortcut, new.shortcut)
+    learned = mz.learned_layers(dense)
+    for layer in learned.values():
+        layer.mask.fill_(True)
+
+    teacher = copy.deepcopy(dense)
+    fixed = {name: layer for name, layer in learned.items() if isinstance(target.get_submodule(name), nn.Conv2d)}
+    for layer in fixed.values():  # each group reads its own block of the inputs
+        layer.mask.copy_(torch.eye(layer.groups).repeat_interleave(layer.in_channels // layer.groups, 1))
+    if images is not None:
+        mz.prune_groups(dense.to(images.device), images, teacher=teacher.to(images.device))
+    state = dense.state_dict()
+    for name, layer in fixed.items():
+        state[f"{name}.weight"] = layer.condense().weight
+        del state[f"{name}.mask"]
+    target.load_state_dict(state)
+
+
+def _before(shuffle: nn.Module, layer: nn.Module) -> torch.Tensor:
+    """Returns, for each channel in front of a shuffle, its place behind it."""
+    places = torch.arange(_channels(layer), dtype=torch.float32).reshape(1, -1, 1, 1)
+    return shuffle(places).flatten().argsort()
+
+
+def _narrow(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor]) -> None:
+    """Starts a dense network from a wider one.
+
+    A projection's hidden channels are its inputs, chosen as one learned group; those between bottlenecks are the ones
+    of the largest variance, BatchNorm's squared weights. What identity shortcuts add up is one choice.
+    """
+    kept = _kept_between(source, target)
+    # Where rounding made a narrower network's widths equal, its shortcut is the identity.
+    lost = [n for n, conv in source.named_modules() if n.endswith("shortcut") and _is_identity(conv, target, n)]
+    wide, _ = mz.to_learned_group_conv(source, 1, 1, lambda name, _: name not in lost)
+    narrow = copy.deepcopy(wide)
+    counts: dict[Any, int] = {}
+    for block, small, inputs, outputs in zip(_blocks(narrow), _blocks(target), kept, kept[1:], strict=False):
+        _read(block.expansion.conv, inputs)
+        counts[block.projection.conv] = _channels(small.expansion)
+        if isinstance(block.shortcut, mz.LearnedGroupConv2d):
+            _read(block.shortcut, inputs)
+        elif isinstance(block.shortcut, nn.Conv2d):
+            identity = torch.zeros(block.shortcut.out_channels, block.shortcut.in_channels, 1, 1)
+            identity[outputs, inputs] = 1.0
+            block.shortcut.weight.copy_(identity)
+    _read(narrow.get_submodule("head_conv.conv"), kept[-1])
+    if images is not None:
+        narrow, wide = narrow.to(images.device), wide.to(images.device)
+        mz.prune_groups(narrow, images, lambda layer: counts.get(layer, int(layer.mask.sum())), teacher=wide)
+    for layer, count in counts.items():
+        layer.prune_(count)  # by magnitude, where no images have done it
+
+    _load(narrow.get_submodule("stem"), target.get_submodule("stem"), kept[0])
+    for block, small, inputs, outputs in zip(_blocks(narrow), _blocks(target), kept, kept[1:], strict=False):
+        hidden = block.projection.conv.get_buffer("mask")[0].nonzero().flatten()
+        _load(block.expansion, small.expansion, hidden, inputs)
+        _load(block.depthwise, small.depthwise, hidden)
+        _load(block.projection, small.projection, outputs, hidden)
+        _load(block.shortcut, small.shortcut, outputs, inputs)
+    _load(narrow.get_submodule("head_conv"), target.get_submodule("head_conv"), inputs=kept[-1])
+    target.get_submodule("classifier").load_state_dict(narrow.get_submodule("classifier").state_dict())
+
+
+def _is_identity(conv: nn.Module, target: nn.Module, name: str) -> bool:
+    return isinstance(conv, nn.Conv2d) and not isinstance(target.get_submodule(name), nn.Conv2d)
+
+
+def _read(layer: nn.Module, inputs: torch.Tensor) -> None:
+    layer.get_buffer("mask").zero_()[:, inputs] = True
 
 
 def _kept_between(source: nn.Module, target: nn.Module) -> list[torch.Tensor]:
-    """Returns, for the stem and each bottleneck, which of the source's output channels the target has.
-
-    Kept are those of the largest variance, BatchNorm's squared weights; what identity shortcuts add up is one choice.
-    """
-    stem, *written = _written(source)
-    energies, run_of = [stem.square()], [0]  # run_of: by layer, its run of bottlenecks with identity shortcuts
-    for block, weight in zip(_blocks(source), written, strict=True):
+    """Returns, for the stem and each bottleneck, which of the source's output channels the target has."""
+    energies = [source.get_parameter("stem.bn.weight").square()]
+    run_of = [0]  # by layer, its run of bottlenecks with identity shortcuts
+    for block in _blocks(source):
+        energy = block.projection.get_parameter("bn.weight").square()
         if block.has_shortcut and isinstance(block.shortcut, nn.Identity):
-            energies[-1] = energies[-1] + weight.square()
+            energies[-1] = energies[-1] + energy
         else:
-            energies.append(weight.square())
+            energies.append(energy)
         run_of.append(len(energies) - 1)
-    counts = [len(weight) for weight in _written(target)]
+    counts = [_channels(layer) for layer in (target.get_submodule("stem"), *_layers(target)[1::2])]
     return [energies[run].topk(count).indices.sort().values for run, count in zip(run_of, counts, strict=True)]
 
 
-def _transfer_bottleneck(source: Bottleneck, target: Bottleneck, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-    expand = source.expansion.conv.get_parameter("weight").flatten(1)[:, inputs]  # (hidden, in)
-    project = source.projection.conv.get_parameter("weight").flatten(1)  # (out, hidden)
-    # What leaves a layer in place p was made in place before[p], where a shuffle lies between.
-    hidden_before = _before(target.shuffle_hidden, _hidden(target))
-    out_before = _before(target.shuffle_out, len(outputs))
-    out_made = outputs[torch.empty_like(out_before).scatter_(0, out_before, torch.arange(len(outputs)))]
-    hidden = _order_hidden(source, target, expand, project[out_made], hidden_before)
-    hidden_made = hidden.new_empty(len(hidden)).scatter_(0, hidden_before, hidden)
-
-    _load_pointwise(target.expansion.conv, expand[hidden_made])
-    _load_rows(source.expansion.bn, target.expansion.bn, hidden_made)
-    _load_rows(source.depthwise, target.depthwise, hidden)
-    _load_pointwise(target.projection.conv, project[out_made][:, hidden])
-    _load_rows(source.projection.bn, target.projection.bn, out_made)
-    # Where rounding made a narrower network's widths equal, its shortcut is the identity.
-    if isinstance(source.shortcut, nn.Conv2d) and isinstance(target.shortcut, nn.Conv2d):
-        target.shortcut.get_parameter("weight").copy_(source.shortcut.weight[outputs][:, inputs])
-
-
-def _before(shuffle: nn.Module, channels: int) -> torch.Tensor:
-    """Returns, for each channel behind a shuffle, its place in front of it."""
-    places = torch.arange(channels, dtype=torch.float32).reshape(1, channels, 1, 1)
-    return shuffle(places).flatten().long()
-
-
-def _order_hidden(
-    source: Bottleneck, target: Bottleneck, expand: torch.Tensor, project: torch.Tensor, before: torch.Tensor
-) -> torch.Tensor:
-    """Returns the source's hidden channel that each of the target's takes, in front of the projection.
-
-    Channels are chosen by the energy that they send on, and placed so that the sum of the energy inside the blocks
-    of the target's group convolutions is largest.
-    """
-    count = _hidden(target)
-    importance = project.square().sum(0).sqrt() * source.depthwise.bn.weight.abs()
-    chosen = importance.topk(count).indices.sort().values
-    places = torch.arange(count)
-    value = torch.zeros(count, count)  # (chosen channel, place)
-    for conv, energy, block in (
-        (target.expansion.conv, expand[chosen].square(), before),
-        (target.projection.conv, project[:, chosen].t().square(), places),
-    ):
-        groups = _groups(conv)
-        if groups > 1:
-            shares = energy.unflatten(1, (groups, -1)).sum(2) / energy.sum(1, keepdim=True).clamp_min(1e-12)
-            value += importance[chosen, None] * shares[:, block * groups // count]
-    if not value.any():
-        return chosen
-    rows, columns = linear_sum_assignment(value.numpy(), maximize=True)
-    order = np.empty(count, dtype=np.int64)
-    order[columns] = rows
-    return chosen[torch.from_numpy(order)]
-
-
-def _load_pointwise(conv: nn.Module, weight: torch.Tensor) -> None:
-    """Loads a dense weight (out, in) into a dense, learned or plain group convolution, which keeps its blocks."""
-    groups = _groups(conv)
-    rows = [
-        part.chunk(groups, 1)[group]  # each group's rows and its own inputs
-        for group, part in enumerate(weight.chunk(groups, 0))
-    ]
-    conv.get_parameter("weight").copy_(torch.cat(rows)[:, :, None, None])
-    if isinstance(conv, mz.LearnedGroupConv2d):
-        conv.mask.fill_(True)
-
-
-def _load_rows(source: nn.Module, target: nn.Module, rows: torch.Tensor) -> None:
-    """Loads a per-channel layer's tensors, each taking the given channels."""
-    for name, value in source.state_dict().items():
-        target.state_dict()[name].copy_(value[rows] if value.ndim else value)
+def _load(source: nn.Module, target: nn.Module, rows: Any = slice(None), inputs: Any = slice(None)) -> None:
+    """Loads a layer's tensors: the given rows of each, and of a convolution's weight the given inputs."""
+    theirs = source.state_dict()
+    for name, value in target.state_dict().items():
+        if name in theirs:
+            value.copy_(
+                theirs[name][rows][:, inputs] if value.ndim > 1 else theirs[name][rows] if value.ndim else theirs[name]
+            )

@@ -36,6 +36,8 @@ class Recipe:
         model_args: extra arguments for timm.create_model.
         init_from: weights to start from, in a form that `training/initial_weights.py` describes; "" for random ones.
         init_sha256: digest that the file of an installed package must have.
+        calibration_images: training images, drawn by the seed, by whose outputs learned groups are chosen before the
+            first step, and kept weights refitted to those of `init_from`; with 0, magnitude chooses groups in stages.
         pretraining: what the package's weights were trained on.
         seed: initial weights, order of images and augmentation follow from it.
         batch_size: images per optimiser step.
@@ -63,6 +65,7 @@ class Recipe:
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     init_from: str = ""
     init_sha256: str = ""
+    calibration_images: int = 0
     pretraining: str = ""
     seed: int = 0
     batch_size: int = 256
@@ -94,6 +97,8 @@ class Recipe:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if bool(self.soft_labels) != bool(self.kd_weight):
             raise ValueError("soft_labels and kd_weight go together: set both or neither")
+        if self.calibration_images and (not self.init_from or self.init_from.startswith("package:")):
+            raise ValueError("calibration_images needs init_from = 'MODEL.TAG', whose outputs are the target")
         if not self.init_from.startswith("package:") == bool(self.init_sha256) == bool(self.pretraining):
             raise ValueError("init_from = 'package:...', init_sha256 and pretraining go together: set all or none")
 

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import timm
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.evaluation import preprocess
 from training.compiled_layers import compile_layers
 from training.initial_weights import start_from
 from training.recipe import Recipe
@@ -36,12 +37,21 @@ class Student:
             last ones where the recipe has no average.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int, total_steps: int, device: torch.device, out: Path):
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        total_steps: int,
+        device: torch.device,
+        out: Path,
+        images: Optional[torch.Tensor] = None,
+    ):
+        """`images` are the training images, uint8 (N, H, W, 3), of which some calibrate, where the recipe says so."""
         self.recipe, self.out, self.total_steps = recipe, out, total_steps
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
         if recipe.init_from:
-            start_from(model, recipe.init_from, recipe.init_sha256)
+            start_from(model, recipe.init_from, recipe.init_sha256, self._calibration(model, images))
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
         # In step n, from 0 on, the decay is n / (n + 10), and ema_decay at most.
         self.average = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
@@ -59,6 +69,19 @@ class Student:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.log: list[dict[str, float]] = []
         self.masks: list[dict[str, Any]] = []
+        if self.learned and recipe.calibration_images:
+            self._record_masks(progress=0.0)
+
+    def _calibration(self, model: nn.Module, images: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Draws the recipe's calibration images, (N, 3, H, W), normalised; None for none."""
+        count = self.recipe.calibration_images
+        if not count:
+            return None
+        if images is None or count > len(images):
+            raise ValueError(f"calibration_images = {count}, but there are {0 if images is None else len(images)}")
+        chosen = np.random.default_rng(self.recipe.seed).choice(len(images), count, replace=False)
+        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        return preprocess(images[torch.from_numpy(chosen).to(images.device)], cfg["mean"], cfg["std"])
 
     def prepare(self, step: int, steps_per_epoch: int) -> None:
         """Does what comes before a step: prunes what is due and sets the learning rate."""
@@ -107,18 +130,21 @@ class Student:
         before = {name: layer.hoyer_index().tolist() for name, layer in self.learned.items()}
         if not self.schedule.step(progress):
             return
-        kept = {name: int(layer.mask.sum(1)[0]) for name, layer in self.learned.items()}
-        # A row of hexadecimal digits per group, a bit per input.
-        masks = {n: [r.tobytes().hex() for r in np.packbits(m.mask.cpu().numpy(), 1)] for n, m in self.learned.items()}
-        inputs = {name: layer.in_channels for name, layer in self.learned.items()}
-        entry = {"progress": progress, "hoyer_before": before, "inputs": inputs, "inputs_per_group": kept}
-        self.masks.append({**entry, "masks": masks})
+        self._record_masks(progress=progress, hoyer_before=before)
         for name, layer in self.learned.items():
             keep = layer.mask.repeat_interleave(layer.out_channels // layer.groups, 0)[:, :, None, None]
             states = [value for value in self.optimizer.state[layer.weight].values() if torch.is_tensor(value)]
             average = self.average.module.get_parameter(f"{name}.weight").data
             for tensor in (layer.weight.data, average, *(value for value in states if value.shape == keep.shape)):
                 tensor.mul_(keep)
+
+    def _record_masks(self, **entry: Any) -> None:
+        layers = self.learned.items()
+        entry["inputs"] = {name: layer.in_channels for name, layer in layers}
+        entry["inputs_per_group"] = {name: int(layer.mask.sum(1)[0]) for name, layer in layers}
+        # A row of hexadecimal digits per group, a bit per input.
+        masks = {n: [r.tobytes().hex() for r in np.packbits(layer.mask.cpu().numpy(), 1)] for n, layer in layers}
+        self.masks.append({**entry, "masks": masks})
 
     def write_logs(self) -> None:
         with mz.files.atomic_write(self.out / "log.csv", "w", newline="") as file:

@@ -9,9 +9,9 @@ the bias: (I + 1,). y is the layer's output there in the unpruned network: (O,).
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Optional, Union
 
 import torch
@@ -75,9 +75,10 @@ def prune_groups(
 
     Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
     its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
-    that follows. Dropped inputs never return. Training flags and random state stay as they are. Memory holds the
-    second moments of one layer. With torch.distributed initialised, all processes call this alike, each with images of
-    its own, and get the same masks and weights.
+    that follows. Dropped inputs never return. Training flags and torch's random state stay as they are. Memory holds
+    some G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed initialised, all processes
+    call this alike, each with images of its own, and get the same masks and weights; where one of them fails, the
+    others wait for the process group's timeout. After an error the model is as it was.
 
     Args:
         model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
@@ -91,51 +92,61 @@ def prune_groups(
             optimized: less time for more error.
 
     Raises:
-        ValueError: no learned layer, one that doesn't run or that the teacher lacks, `inputs` out of range, images of
-            another form or fewer than a layer needs, activations that aren't finite.
+        ValueError: no learned layer, one that doesn't run or that the teacher lacks, `inputs` or `sharing` out of
+            range, images of another form or fewer than a layer needs, activations that aren't finite.
     """
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    teacher = copy.deepcopy(model) if teacher is None else teacher
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    model = model.module if isinstance(model, wrappers) else model
+    teacher = teacher.module if isinstance(teacher, wrappers) else teacher
+    teacher = copy.deepcopy(model) if teacher is None or teacher is model else teacher
     layers = learned_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to prune")
     if isinstance(images, torch.Tensor):
-        pixels = BATCH_PIXELS.get(next(model.parameters()).device.type, 2**14)
-        images = images.split(max(1, pixels // max(1, images.shape[-2:].numel())))
+        pixels = BATCH_PIXELS["cuda" if next(model.parameters()).is_cuda else "cpu"]
+        images = images.split(max(1, pixels // max(1, images.shape[-2:].numel()))) if images.ndim else [images]
     elif isinstance(images, Iterator):
         raise ValueError("an iterator gives its images once and they are needed many times: make it a list")
-    counts = {}
+    if not 0.0 <= sharing < math.inf:
+        raise ValueError(f"sharing must be 0 or larger, not {sharing}")
+    counts, known = {}, dict(teacher.named_modules())
     for name, layer in layers.items():
         count = layer.in_channels // layer.condense_factor if inputs is None else inputs
         counts[name] = count(layer) if callable(count) else count
         if not 1 <= counts[name] <= layer.in_channels:
             raise ValueError(f"{name}: inputs must be in 1...{layer.in_channels}, not {counts[name]}")
-        if name not in dict(teacher.named_modules()):
+        if name not in known:
             raise ValueError(f"the teacher has no layer {name}")
 
-    rows = {}
+    rows, saved = {}, copy.deepcopy(model.state_dict())
     flags = {module: module.training for network in (model, teacher) for module in network.modules()}
     try:
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed whenever it is iterated
             model.eval()
             teacher.eval()
             for name, (calls, every, norms) in _survey(model, layers, images).items():
-                batches = islice(images, 0, None, every)
-                moments = _moments(name, model, teacher, calls, batches)
+                moments = _moments(name, model, teacher, calls, _load(images, layers[name].weight, every))
                 rows[name] = _prune(layers[name], counts[name], norms, sharing, moments)
+    except BaseException:
+        model.load_state_dict(saved)
+        raise
     finally:
         for module, flag in flags.items():
             module.training = flag
     return PruningReport(rows)
 
 
-def _load(batches: Iterable[Any], weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yields the images of each batch, with the device and dtype of a weight."""
+def _load(batches: Iterable[Any], weight: torch.Tensor, every: int = 1) -> Iterator[torch.Tensor]:
+    """Yields the images of batches that hold one in `every` of all, with the device and dtype of a weight."""
+    seen = used = 0
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
             raise ValueError("images must be floating-point (N, C, H, W), normalised as in training")
-        yield images.to(weight)
+        seen += len(images)
+        if used * every < seen:
+            used += len(images)
+            yield images.to(weight)
 
 
 class _LastCall(Exception):
@@ -149,12 +160,12 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, tak
     """
     trace: list[Any] = []
 
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        trace.append(take(module, args[0], output))
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        trace.append(take(module, *args, *kwargs.values(), output))
         if len(trace) == calls:
             raise _LastCall
 
-    handles = [module.register_forward_hook(hook) for module in modules]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
         network(images)
     except _LastCall:
@@ -166,10 +177,10 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, tak
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:
-    """Copies the values at an even grid of positions: (N, C, H, W) to (N * positions, C), in float32 or float64."""
+    """Copies the values at an even grid of positions: (N, C, H, W) to (N * positions, C), in float64."""
     rows, columns = (-(-size // GRID) for size in maps.shape[2:])
     maps = maps[:, :, rows // 2 :: rows, columns // 2 :: columns].movedim(1, 3).flatten(0, 2)
-    return maps.to(torch.promote_types(maps.dtype, torch.float32), copy=True)  # an activation in place may follow
+    return maps.to(torch.float64, copy=True)  # an activation in place may follow, and autocast leaves float64 alone
 
 
 def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -184,31 +195,45 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
     That is its calls, n where every nth batch is enough, and, where it has no bias, the BatchNorm behind each call.
     """
     weight = next(iter(layers.values())).weight
-    images = int(_sum_over_processes(weight.new_tensor(sum(map(len, _load(batches, weight))), dtype=torch.int64)))
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    first = next(_load(batches, weight), None)
-    if first is None or not len(first):
+    count = sum(map(len, _load(batches, weight)))
+    images, without = _sum_over_processes(weight.new_tensor([count, count == 0], dtype=torch.int64)).tolist()
+    if without:
         raise ValueError("there are no images to calibrate with")
-    trace = _trace(model, [*layers.values(), *norms], first[:1], lambda *call: call)
-    order = [module for module, _, _ in trace]
-    if silent := [name for name, layer in layers.items() if layer not in order]:
-        raise ValueError(f"{silent[0]} doesn't run in eval mode, so images can't tell which inputs it needs")
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    # A map's version tells whether it was changed in place since.
+    trace = _trace(
+        model,
+        [*layers.values(), *norms],
+        next(_load(batches, weight))[:1],
+        lambda module, x, y: (module, (id(x), _version(x)), (id(y), _version(y)), y),
+    )
+    runs = [module for module, *_ in trace]
+    if silent := [name for name, layer in layers.items() if layer not in runs]:
+        raise ValueError(f"{silent[0]} doesn't run in eval mode: leave it out with to_learned_group_conv's `match`")
 
-    positions = {name: sum(len(_positions(y)) for m, _, y in trace if m is layer) for name, layer in layers.items()}
-    needed, name = max((-(-layers[name].in_channels // positions[name]), name) for name in layers)
-    if images < needed:
-        raise ValueError(
-            f"{images} images are too few for the {layers[name].in_channels} inputs of {name}, which has "
-            f"{positions[name]} positions in an image; give at least {needed}, better ten times as many"
+    uses, needed = {}, {}
+    for name, layer in sorted(layers.items(), key=lambda item: runs.index(item[1])):
+        calls = [(key, y) for module, _, key, y in trace if module is layer]
+        readers = [[module for module, x, *_ in trace if x == key] for key, _ in calls]
+        own = layer.bias is None and all(
+            len(reader) == 1 and runs.count(reader[0]) == 1 and getattr(reader[0], "running_mean", None) is not None
+            for reader in readers
         )
-    uses = {}
-    for name, layer in sorted(layers.items(), key=lambda item: order.index(item[1])):
-        outputs = [y for module, _, y in trace if module is layer]
-        followers = [m for m, x, _ in trace if order.count(m) == 1 and any(x is y for y in outputs)]
-        own = len(followers) == len(outputs) and all(getattr(m, "running_mean", None) is not None for m in followers)
-        every = images // max(ENOUGH_IMAGES, ENOUGH_POSITIONS * layer.in_channels // positions[name])
-        uses[name] = len(outputs), max(1, every), followers if own and layer.bias is None else []
+        positions = sum(len(_positions(y)) for _, y in calls)
+        every = images // max(ENOUGH_IMAGES, ENOUGH_POSITIONS * layer.in_channels // positions)
+        uses[name] = len(calls), max(1, every), [reader[0] for reader in readers] if own else []
+        needed[name] = -(-layer.in_channels // positions)
+    if images < max(needed.values()):
+        name = max(needed, key=needed.__getitem__)
+        raise ValueError(
+            f"{images} images are too few for the {layers[name].in_channels} inputs of {name}: give at least "
+            f"{needed[name]}, better ten times as many"
+        )
     return uses
+
+
+def _version(values: torch.Tensor) -> int:
+    return 0 if values.is_inference() else values._version
 
 
 def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batches: Iterable[Any]) -> Moments:
@@ -218,11 +243,11 @@ def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batche
     target = teacher.get_submodule(name)
     size, outputs, stride = layer.in_channels + 1, layer.out_channels, layer.stride
     moments = layer.weight.new_zeros((size + outputs) * size + 1, dtype=torch.float64)
-    for images in _load(batches, layer.weight):
+    for images in batches:
         x = torch.cat(_trace(model, [layer], images, lambda _, x, y: _positions(x[:, :, ::stride, ::stride]), calls))
-        y = torch.cat(_trace(teacher, [target], images, lambda _, x, y: _positions(y), calls))
+        y = torch.cat(_trace(teacher, [target], images, lambda _, x, y: _positions(y), calls) or [x[:0]])
         if y.shape != (len(x), outputs):
-            raise ValueError(f"{name}: the teacher's layer has outputs of another shape")
+            raise ValueError(f"{name}: the teacher's layer doesn't run, or has outputs of another shape")
         x = F.pad(x, (0, 1), value=1.0)
         moments[:-1] += (torch.cat([x, y], 1).T @ x).flatten()
         moments[-1] += y.square().sum()
@@ -239,7 +264,7 @@ def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], sharing: flo
 
     def error(weight: torch.Tensor) -> float:
         squares = ((weight @ second - 2.0 * cross) * weight).sum() + power
-        return (squares / (power - cross[:, -1].square().sum())).item()
+        return (squares / (power - cross[:, -1].square().sum()).clamp_min(1e-300)).item()
 
     magnitude = copy.deepcopy(layer).prune_(count).masked_weight().flatten(1).double()
     bias = magnitude.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.double()
@@ -263,7 +288,8 @@ def _choose_and_fit(
 
     `second` and `cross` are the means of x x^T, (I + 1, I + 1), and of y x^T by group, (G, O / G, I + 1).
     """
-    ridge = RIDGE[0] * second.diagonal() + RIDGE[1] * second.diagonal().mean()
+    powers = second.diagonal()[:-1]
+    ridge = F.pad(RIDGE[0] * powers + RIDGE[1] * powers.mean().clamp_min(1e-300), (0, 1))  # none on the bias
 
     def fit() -> tuple[torch.Tensor, torch.Tensor]:
         # What is dropped becomes a row and a column of the identity matrix.

@@ -63,12 +63,13 @@ class CondenseSchedule:
         """
         if not self.due(progress):
             return False
-        self.progress = float(progress)
         before = [layer.mask.clone() for layer in self.layers.values()]
         if self.images is not None:
-            prune_groups(self.model, self.images, lambda layer: self._inputs(layer, self.progress))
-        for layer in self.layers.values():
-            layer.prune_(self._inputs(layer, self.progress))
+            prune_groups(self.model, self.images, lambda layer: self._inputs(layer, progress))
+        else:
+            for layer in self.layers.values():
+                layer.prune_(self._inputs(layer, progress))
+        self.progress = float(progress)
         return any(not torch.equal(old, layer.mask) for old, layer in zip(before, self.layers.values(), strict=True))
 
     def due(self, progress: float) -> bool:
