@@ -63,7 +63,9 @@ def main() -> None:
         sys.exit(130)
     except click.ClickException as error:
         message = error.format_message()
-    except OSError as error:  # those of files are InputErrors
+    except OSError as error:
+        if error.filename:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try to write the rest again as it ends
         message = f"standard output can't be written: {error.strerror or error}"
     except RuntimeError as error:
@@ -297,7 +299,7 @@ def export(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for weights and results.")
 @click.option("--epochs", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(2))
-@click.option("--lr", default=3e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="By default 0.003, less below 1,000 images.")
 @click.option("--layer-decay", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--size", type=click.IntRange(8, 1024), help="Side of the input in pixels, by default the model's.")
 @click.option("--flip/--no-flip", default=True, help="Show mirrored images, too; not for digits and text.")

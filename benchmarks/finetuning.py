@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from measuring import environment
 from PIL import Image
 from rich.progress import Progress
@@ -22,6 +23,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.data import ImageSet
+from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.finetuning import Run, Settings, create
 
 RESULTS = Path(__file__).parent / "finetuning.csv"
@@ -70,24 +72,36 @@ def fitted(images: ImageSet, model: Any) -> ImageSet:
     return ImageSet(np.stack(pixels), images.labels, images.classes)
 
 
-def measure(
-    model_name: str, method: str, per_class: int, seed: int, train: ImageSet, test: ImageSet, flip: bool
-) -> dict[str, Any]:
-    """Trains once and returns the row's results."""
-    random = np.random.default_rng(seed)
-    members = (random.permutation(np.flatnonzero(train.labels == label)) for label in range(len(train.classes)))
-    chosen = np.concatenate([positions[:per_class] for positions in members])
-    size = OUTSIDER_SIZE if model_name == OUTSIDER else None
-    settings = Settings(seed=seed, flip=flip, size=size, **METHODS[method])
-    model = create(model_name, settings)
-    start = time.perf_counter()
-    run = Run(model, fitted(train.subset(np.sort(chosen)), model), settings)
-    with Progress(disable=True) as progress:
-        for _ in run.train(progress):
-            pass
-    seconds = time.perf_counter() - start
-    top1 = mz.evaluation.evaluate(run.average.module, fitted(test, model)).top1
-    return {"epochs": run.epochs, "top1": round(top1, 2), "seconds": round(seconds, 1)}
+class Measurement:
+    """Trains networks on parts of one data set and measures each on the same test images."""
+
+    def __init__(self, train: ImageSet, test: ImageSet, flip: bool):
+        self.train, self.test, self.flip = train, test, flip
+        self.features: dict[str, torch.Tensor] = {}  # of the test images, by networks whose trunk stays as it is
+
+    def __call__(self, name: str, method: str, per_class: int, seed: int) -> dict[str, Any]:
+        """Returns what a row says of one training."""
+        random, labels = np.random.default_rng(seed), self.train.labels
+        members = (random.permutation(np.flatnonzero(labels == label)) for label in range(len(self.train.classes)))
+        chosen = np.sort(np.concatenate([positions[:per_class] for positions in members]))
+        size = OUTSIDER_SIZE if name == OUTSIDER else None
+        settings = Settings(seed=seed, flip=self.flip, size=size, **METHODS[method])
+        model = create(name, settings)
+        start = time.perf_counter()
+        run = Run(model, fitted(self.train.subset(chosen), model), settings)
+        with Progress(disable=True) as progress:
+            for _ in run.train(progress):
+                pass
+        seconds = time.perf_counter() - start
+        if method == "classifier":
+            if name not in self.features:
+                pixels = torch.from_numpy(fitted(self.test, model).images).permute(0, 3, 1, 2)
+                self.features[name] = run.features(pixels)
+            predicted = run.model.get_classifier()(self.features[name]).argmax(1).numpy()
+            top1 = 100.0 * float((predicted == self.test.labels).mean())
+        else:
+            top1 = evaluate(run.average.module, fitted(self.test, model)).top1
+        return {"epochs": run.epochs, "top1": round(top1, 2), "seconds": round(seconds, 1)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.data is None) != (args.dataset == "digits"):
         parser.error("--data is needed, but for digits")
-    train, test = load(args.dataset, args.data)
+    measure = Measurement(*load(args.dataset, args.data), flip=args.dataset != "digits")
     known: set[tuple[str, ...]] = set()
     if args.out.exists():
         with open(args.out, newline="", encoding="utf-8") as file:
@@ -118,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     for model, method, per_class, seed in cells:
         if (args.dataset, model, method, str(per_class), str(seed)) in known:
             continue
-        row = measure(model, method, per_class, seed, train, test, flip=args.dataset != "digits")
+        row = measure(model, method, per_class, seed)
         where = environment()
         row |= {"data": args.dataset, "model": model, "method": method, "per_class": per_class, "seed": seed}
         row |= {key: where[key] for key in ("threads", "device", "torch")}

@@ -35,6 +35,7 @@ _NAMES = """
 """
 
 CIFAR100_CLASSES: tuple[str, ...] = tuple(_NAMES.split())
+"""The class names of CIFAR-100 by label."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import json
 import re
 import time
 
+import finetuning
 import latency
+import numpy as np
 import pytest
 import tables
 import timm
@@ -12,7 +14,7 @@ import torch
 from conftest import ROOT
 from latency import Cell, Form, Textbook
 from measuring import interleaved
-from report import latency_tables, model_tables, training_tables
+from report import figures, finetuning_tables, latency_tables, model_tables, training_tables
 from torch import nn
 
 import mobilenets_zoo as mz
@@ -51,6 +53,54 @@ def test_pictures_have_no_boxes(path):
     fills = re.findall(r'<path d="M 0 [^"]*" style="fill: ([^;"]+)', path.read_text())
     assert set(fills) == {"none"}
     assert not re.search("#fff|#000|white|black", path.read_text())
+
+
+def test_names_in_pictures_cover_neither_marks_nor_one_another():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = pyplot.figure()
+    figures.draw_accuracy(figure, figures.accuracy_over_macs())
+    axes = figure.axes[0]
+    names = [text for text in axes.texts if text.get_text()]
+    boxes = [name.get_window_extent() for name in names]
+    marks = axes.transData.transform(np.concatenate([line.get_xydata() for line in axes.get_lines()]))
+    pyplot.close(figure)
+    assert len(names) == 14 + len(figures.PUBLISHED)
+    assert not any(box.contains(*mark) for box in boxes for mark in marks)
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # with itself
+
+
+def test_fine_tuning_is_measured_row_by_row(tmp_path, monkeypatch):
+    out, trained = tmp_path / "finetuning.csv", []
+    arguments = [
+        "digits",
+        "--models",
+        "mobilenetv1_w025_cifar100",
+        "--per-class",
+        "3",
+        "--seeds",
+        "2",
+        "--out",
+        str(out),
+    ]
+    original = finetuning.Run.train
+
+    def train(run, progress):
+        trained.append((run.settings.seed, run.settings.freeze, run.settings.scratch, len(run.images)))
+        run.epochs = min(run.epochs, 1)
+        return original(run, progress)
+
+    monkeypatch.setattr(finetuning.Run, "train", train)
+    assert finetuning.main([*arguments, "--methods", "classifier"]) == 0
+    assert finetuning.main(arguments) == 0
+    assert sorted(trained) == sorted((seed, *how, 30) for seed in (0, 1) for how in ((0, 0), (1, 0), (0, 1)))
+    assert finetuning.main(arguments) == 0
+    assert len(trained) == 6
+    monkeypatch.setattr(finetuning_tables, "RESULTS", out)
+    assert finetuning_tables.results("cifar10") == {}
+    means = {method: np.mean(cells[3]) for (_, method), cells in finetuning_tables.results("digits").items()}
+    assert means["scratch"] < means["classifier"] > 50
+    row = finetuning_tables.finetuning_table("digits").splitlines()[2]
+    assert re.fullmatch(r"\| `mobilenetv1_w025_cifar100` \| fine-tuned \| [\d.]+ ± [\d.]+ \(2\) \|", row)
 
 
 # Timings

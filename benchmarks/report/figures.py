@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from report import ROOT, load_json, read_csv
+from report.finetuning_tables import METHODS, results
 from report.latency_tables import DEPLOYED, latency, timed
 from report.model_tables import ORIGINAL_TOP1, default_weights
 
@@ -158,6 +159,31 @@ def draw_mask(figure: Any, data: Any) -> None:
     axes.set_xlabel("input channel")
 
 
+def draw_finetuning(figure: Any, data: Any) -> None:
+    """Draws accuracy over images a class: a colour per network, a line per method."""
+    figure.set_size_inches(7.0, 4.4)
+    axes = figure.add_subplot()
+    lines = dict(zip(METHODS, (dict(linestyle="-"), dict(linestyle="--"), dict(linestyle=":")), strict=True))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["model"] for row in data))}
+    for row in data:
+        label = f"{short(row['model'])}, {row['method']}"
+        style = dict(color=colors[row["model"]], marker="o", markersize=4, linewidth=1.2)
+        axes.plot(row["images"], row["top1"], label=label, **style, **lines[row["method"]])
+    axes.set(xlabel="training images a class (log scale)", ylabel="CIFAR-10 top-1 (%)", xscale="log")
+    counts = sorted({count for row in data for count in row["images"]})
+    axes.set_xticks(counts, list(map(str, counts)))
+    axes.minorticks_off()
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def finetuning() -> list[dict[str, Any]]:
+    """Returns the mean accuracy over images a class of every network and method."""
+    return [
+        dict(model=model, method=method, images=sorted(cells), top1=[float(np.mean(cells[n])) for n in sorted(cells)])
+        for (model, method), cells in results("cifar10").items()
+    ]
+
+
 def short(name: str) -> str:
     return name.removesuffix("_cifar100").removeprefix("mobilenet")
 
@@ -170,6 +196,7 @@ def all_figures() -> list[Figure]:
         Figure("accuracy_latency", accuracy_over_latency(), draw_accuracy),
         Figure("training_curves", training_curves(), draw_training_curves),
         Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask),
+        Figure("finetuning", finetuning(), draw_finetuning),
     ]
 
 
