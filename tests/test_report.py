@@ -4,7 +4,9 @@ import json
 import re
 import time
 
+import compress
 import finetuning
+import groups
 import latency
 import numpy as np
 import pytest
@@ -191,3 +193,36 @@ def test_run_writes_one_document(tmp_path, monkeypatch):
     assert cells == [(c.runtime, c.precision, c.threads, c.batch) for c in latency.EAGER_CELLS + latency.ORT_CELLS]
     assert {row["weight"] for row in rows} == {mz.pretrained.default_entry(name).name}
     assert all(row["bytes"] > 0 for row in rows if row["runtime"] == "onnxruntime")
+
+
+# Groups
+
+
+@pytest.mark.parametrize("row", groups.ROWS)
+def test_rows_of_groups_are_recipes_of_networks_that_can_start(row):
+    recipe = groups.recipe_of(row)
+    assert recipe.size_at(0) == 24
+    assert recipe.sizes[-1][1] == 32
+    cost = mz.profile(timm.create_model(recipe.model, **recipe.model_args))
+    assert cost.macs <= 301e6
+
+
+def test_foreign_networks_are_pruned_by_both_rules():
+    torch.manual_seed(0)
+    dense = timm.create_model("mobilenetv3_small_050", num_classes=100).eval()
+    random = np.random.default_rng(0)
+    classes = tuple(map(str, range(100)))
+    data = mz.data.ImageSet(random.integers(0, 256, (256, 32, 32, 3), np.uint8), np.arange(256) % 100, classes)
+    networks, row = compress.pruned(dense, compress.pixels(random.integers(0, 256, (320, 32, 32, 3), np.uint8)), 32)
+    assert row["condensed_macs"] < row["macs"]
+    before = compress.answers(dense, data.images)
+    for network in networks.values():
+        assert np.array_equal(
+            compress.answers(mz.condense(network), data.images), compress.answers(network, data.images)
+        )
+    agreement = {rule: (compress.answers(network, data.images) == before).mean() for rule, network in networks.items()}
+    assert agreement["images"] >= agreement["magnitude"]
+    weights = [parameter.clone() for parameter in networks["images"].parameters()]
+    compress.train(networks["images"], data, epochs=1, lr=1e-3, seed=0)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, networks["images"].parameters(), strict=True))
+    assert not networks["images"].training
