@@ -169,10 +169,10 @@ def test_sizes_follow_their_shares():
 
 
 def test_it_learns_and_writes_what_it_promises(tmp_path, data):
-    recipe = write_recipe(tmp_path, epochs=12, bn_batches=4)
+    recipe = write_recipe(tmp_path, epochs=30, bn_batches=4)  # fewer end at chance on some processors
     assert run(recipe, data, tmp_path / "out", "--holdout") == 0
     rows = log(tmp_path / "out")
-    assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(12)]
+    assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(30)]
     assert {row["size"] for row in rows} == {"8", "16"}
     assert float(rows[-1]["train_loss"]) < 0.5 * float(rows[0]["train_loss"])
     assert float(rows[-1]["holdout_top1"]) > 30  # chance is 10
