@@ -5,8 +5,9 @@
 
 Every network starts from the dense parent's weights and trains with the same settings on 45,000 of the training images.
 Each is measured on the test images, which neither the parent nor the calibration has seen, before the first step and
-after the last. Rows that benchmarks/groups.json holds are skipped, and a training that was stopped goes on. --time
-exports what was trained and, when it is called again, times all of it in one run: a process that has exported is slow.
+after the last; the file's "starts" before the first step alone. Rows that benchmarks/groups.json holds are skipped, and
+a training that was stopped goes on. --time exports what was trained and, when it is called again, times all of it in
+one run: a process that has exported is slow.
 """
 
 import argparse
