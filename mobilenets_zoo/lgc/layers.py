@@ -74,7 +74,7 @@ class _GroupConv2d(nn.Module):
 class LearnedGroupConv2d(_GroupConv2d):
     """A 1x1 convolution in which each group of outputs learns which inputs it reads.
 
-    The weight stays dense and is multiplied by the mask in `forward`; the mask changes in `prune_` alone.
+    The weight stays dense and is multiplied by the mask in `forward`; the mask changes in `prune_` and `prune_groups`.
 
     Args:
         in_channels: input channels, a multiple of `condense_factor`.

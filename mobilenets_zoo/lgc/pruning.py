@@ -40,8 +40,8 @@ Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class LayerPruning:
     """What `prune_groups` did to a layer: the inputs that each group keeps, and the squared error of the outputs.
 
-    Errors are measured on the calibration images and divided by the variance of the outputs. `magnitude_error` is
-    what `LearnedGroupConv2d.prune_` would have had in this layer.
+    Errors are of the calibration images, to which the weights were fitted, so that others have larger ones, and divided
+    by the variance of the outputs. `magnitude_error` is what `LearnedGroupConv2d.prune_` would have had in this layer.
     """
 
     inputs: tuple[int, ...]
@@ -75,10 +75,10 @@ def prune_groups(
 
     Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
     its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
-    that follows. Dropped inputs never return. Training flags and torch's random state stay as they are. Memory holds
-    some G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed initialised, all processes
-    call this alike, each with images of its own, and get the same masks and weights; where one of them fails, the
-    others wait for the process group's timeout. After an error the model is as it was.
+    that alone reads them. Dropped inputs never return. Training flags and torch's random state stay as they are. Memory
+    holds some G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed initialised, all
+    processes call this alike, each with images of its own, and get the same masks and weights; where one of them fails,
+    the others wait for the process group's timeout. After an error the model is as it was.
 
     Args:
         model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
@@ -86,7 +86,8 @@ def prune_groups(
             one, such as a DataLoader. It is iterated many times.
         inputs: how many inputs each group keeps, or a function of the layer that returns it; by default
             in_channels / condense_factor.
-        teacher: a network with layers of the same names whose outputs are the target; by default the model as it is.
+        teacher: a network with layers of the same names whose outputs are the target, and with the model's BatchNorms
+            behind them; by default the model as it is.
         sharing: above 0, inputs that other groups still read are dropped later than others, by how much the error grows
             times the number of groups to this power. More channels are read by nobody then, and go when the network is
             optimized: less time for more error.
@@ -200,12 +201,13 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
     if without:
         raise ValueError("there are no images to calibrate with")
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # A map's version tells whether it was changed in place since.
+    # A map is known by its id, which holds while the trace keeps the map; its version tells whether it was changed in
+    # place since.
     trace = _trace(
         model,
         [*layers.values(), *norms],
         next(_load(batches, weight))[:1],
-        lambda module, x, y: (module, (id(x), _version(x)), (id(y), _version(y)), y),
+        lambda module, x, y: (module, (id(x), _version(x)), (id(y), _version(y)), (x, y)),
     )
     runs = [module for module, *_ in trace]
     if silent := [name for name, layer in layers.items() if layer not in runs]:
@@ -213,7 +215,7 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
 
     uses, needed = {}, {}
     for name, layer in sorted(layers.items(), key=lambda item: runs.index(item[1])):
-        calls = [(key, y) for module, _, key, y in trace if module is layer]
+        calls = [(key, y) for module, _, key, (_, y) in trace if module is layer]
         readers = [[module for module, x, *_ in trace if x == key] for key, _ in calls]
         own = layer.bias is None and all(
             len(reader) == 1 and runs.count(reader[0]) == 1 and getattr(reader[0], "running_mean", None) is not None
@@ -222,7 +224,7 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
         positions = sum(len(_positions(y)) for _, y in calls)
         every = images // max(ENOUGH_IMAGES, ENOUGH_POSITIONS * layer.in_channels // positions)
         uses[name] = len(calls), max(1, every), [reader[0] for reader in readers] if own else []
-        needed[name] = -(-layer.in_channels // positions)
+        needed[name] = -(-(layer.in_channels + 1) // positions)  # one more for the bias
     if images < max(needed.values()):
         name = max(needed, key=needed.__getitem__)
         raise ValueError(
