@@ -319,9 +319,12 @@ def write_config(model: nn.Module, path: Union[str, Path]) -> None:
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     save_config_for_hf(model, path, model_config={"label_names": list(cfg["label_names"])})
     config = json.loads(Path(path).read_text(encoding="utf-8"))
-    # timm records every argument, which transformers' wrapper passes on a second time. What a loader must know is the
-    # form: the file is condensed, and a loader without timm's checkpoint filter needs a model of that form.
-    config["model_args"] = {"condensed": True} if learned_layers(model) else {}
+    # timm (since 1.0.31) records every argument; transformers' wrapper passes the number of classes a second time. The
+    # file is condensed, and a loader without timm's checkpoint filter needs a model of that form.
+    recorded = config.get("model_args", {}).items()
+    config["model_args"] = {key: value for key, value in recorded if key not in ("num_classes", "drop_rate")}
+    if any(isinstance(module, (LearnedGroupConv2d, CondensedConv2d)) for module in model.modules()):
+        config["model_args"]["condensed"] = True
     if cfg["input_size"][0] != 3:
         config["model_args"]["in_chans"] = cfg["input_size"][0]
     write_json(path, config)

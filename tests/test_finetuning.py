@@ -123,24 +123,35 @@ def test_photos_reach_the_network_as_everywhere_else(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folders", "parquet"])
-@pytest.mark.parametrize("parts", [("",), ("train",), ("train", "test"), ("train", "val")])
+@pytest.mark.parametrize("parts", [("",), ("train",), ("train", "test"), ("train", "val"), ("train", "valid", "more")])
 def test_layouts_of_the_data(tmp_path, kind, parts):
     for part in parts:
-        count = 3 if part in ("test", "val") else 5
+        count = 5 if part in ("", "train") else 3
         make_folder(tmp_path / part, count)
         if kind == "parquet":
             files = sorted((tmp_path / part).glob("*/*.png"))
-            rows = {"img": [{"bytes": file.read_bytes(), "path": ""} for file in files], "label": [0, 1] * count}
+            rows = {"img": [{"bytes": file.read_bytes(), "path": ""} for file in files], "label": [0] * count + [1] * count}
             shutil.rmtree(tmp_path / part)
             tmp_path.mkdir(exist_ok=True)
-            pq.write_table(pa.table(rows), tmp_path / f"{part or 'train'}-0.parquet".replace("val", "test"))
+            pq.write_table(pa.table(rows), tmp_path / f"{part or 'train'}-0.parquet".replace("valid", "test").replace("val", "test"))
     train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
-    assert (len(train), len(test)) == ((10, 6) if len(parts) == 2 else (8, 2))
+    assert (len(train), len(test)) == ((10, 6) if len(parts) > 1 else (8, 2))
     if kind == "parquet" and parts == ("train",):
         one = finetuning.read_data(str(tmp_path / "train-0.parquet"), finetuning.create(W025, Settings(scratch=True)))
         assert [len(part) for part in one] == [8, 2]
     assert train.images.shape[1:] == (16, 16, 3)
     assert set(test.labels) == {0, 1}
+    for part in (train, test):
+        assert np.array_equal(part.images[..., 0].mean((1, 2)) > part.images[..., 2].mean((1, 2)), part.labels)
+    if len(parts) == 1:
+        assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
+
+
+def test_train_may_be_a_class(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "red").rename(tmp_path / "train")
+    train, _ = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
+    assert train.classes == ("blue", "train")
 
 
 @pytest.mark.parametrize("scratch", [False, True])
@@ -150,6 +161,23 @@ def test_masks_are_finished_and_kept(folder, tmp_path, scratch, without_onnx):
     tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, condensed=False)
     for before, after in zip(mz.learned_layers(start).values(), mz.learned_layers(tuned).values(), strict=True):
         assert torch.equal(before.mask, after.mask)
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(10, 10), (2000, 10), (3000, 6), (10_000, 5)])
+def test_many_images_are_shown_fewer_times(count, epochs):
+    images = mz.data.ImageSet(np.zeros((count, 8, 8, 3), np.uint8), np.arange(count) % 2, ("blue", "red"))
+    for settings, expected in ((Settings(), epochs), (Settings(epochs=7), 7), (Settings(freeze=True), 0)):
+        run = finetuning.Run(finetuning.create(W025, Settings(scratch=True)), images, settings)
+        assert run.epochs == expected
+
+
+def test_only_a_pretrained_start_takes_smaller_steps_near_the_input():
+    images = mz.data.ImageSet(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4) % 2, ("blue", "red"))
+    for scratch in (False, True):
+        settings = Settings(scratch=scratch)
+        run = finetuning.Run(finetuning.create(W025, settings), images, settings)
+        steps = {group["lr"] * group.get("lr_scale", 1.0) for group in run.optimizer.param_groups}
+        assert (len(steps) == 1) == scratch
 
 
 class Interrupting(Progress):
@@ -206,6 +234,46 @@ def test_damaged_checkpoint_is_one_line(folder, tmp_path, without_onnx):
             finetune(folder, out, resume=True, **settings)
 
 
+def test_a_run_over_its_own_start_loses_nothing_when_it_fails(folder, tmp_path, without_onnx):
+    out = tmp_path / "out"
+    finetune(folder, out, freeze=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with Progress(console=Console(quiet=True)) as progress, pytest.raises(ValueError, match="diverges"):
+        finetuning.finetune(f"local-dir:{out}", str(folder), out, Settings(lr=1e6), progress, force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name in before} == before
+
+
+def test_other_labels_are_another_run(folder, tmp_path, without_onnx):
+    settings = dict(epochs=3, batch_size=4)
+    finetune(folder, tmp_path / "out", progress=Interrupting(console=Console(quiet=True)), **settings)
+    (folder / "red").rename(folder / "zed")
+    with pytest.raises(ValueError, match="other images"):
+        finetune(folder, tmp_path / "out", resume=True, **settings)
+
+
+@pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
+def test_the_result_stays_where_a_network_cannot_be_exported(folder, tmp_path, run, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error("can't be exported")
+
+    monkeypatch.setattr(mz, "export_onnx", fail)
+    out = tmp_path / "out"
+    code, text, err = run("finetune", W025, "--data", folder, "--out", out, "--freeze")
+    assert code == 0
+    assert "model.onnx isn't written: can't be exported" in err
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "result.json"}
+    assert f"{json.loads((out / 'result.json').read_text())['evaluation']['top1']:.1f} %" in text
+
+
+def test_every_batch_has_at_least_two_images(tmp_path):
+    """A map of one pixel, as this network's last one is at 32 pixels, and one image give BatchNorm a single value."""
+    images = mz.data.ImageSet(np.zeros((11, 32, 32, 3), np.uint8), np.arange(11) % 2, ("blue", "red"))
+    settings = Settings(scratch=True, batch_size=5, epochs=1)
+    run = finetuning.Run(timm.create_model("mobilenetv3_small_050"), images, settings)
+    with Progress(console=Console(quiet=True)) as progress:
+        assert "epoch 1/1" in run.epoch(progress, None)
+
+
 def test_any_timm_network_is_tuned_and_an_unfinished_one_is_exported(folder, tmp_path, run):
     """From a folder as timm writes it, over one that was interrupted, to one that the commands read."""
     foreign = timm.create_model("mobilenetv3_small_050", num_classes=3)
@@ -253,6 +321,7 @@ def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):
         (["--batch-size", "0"], "--batch-size"),
         (["--size", "0"], "--size"),
         (["--device", "meta"], "meta"),
+        (["local-dir:full"], "local-dir:full can't be loaded: "),
         (["--lr", "1e6"], "the loss diverges"),
     ],
 )
@@ -260,7 +329,9 @@ def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    code, out, err = run("finetune", W025, "--data", "images", "--out", "out", *options)
+    (tmp_path / "full" / "config.json").write_text("{}")
+    name = [] if options[0].startswith("local-dir:") else [W025]
+    code, out, err = run("finetune", *name, "--data", "images", "--out", "out", *options)
     assert code == 2
     assert not out
     last = err.strip().splitlines()[-1]

@@ -301,7 +301,7 @@ def test_local_dir_loads_in_every_form(tmp_path, condensed):
 
 def with_half_weights(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear | mz.LearnedGroupConv2d):
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear | mz.LearnedGroupConv2d | mz.CondensedConv2d):
             for parameter in module.parameters():
                 parameter.data = parameter.data.half().float()
     return model
@@ -328,6 +328,22 @@ def test_a_grey_network_of_other_classes_is_written_and_loaded(tmp_path):
     assert same(loaded, with_half_weights(normalise_(model)))
     assert list(loaded.pretrained_cfg["label_names"]) == ["a", "b", "c"]
     assert tuple(timm.data.resolve_model_data_config(loaded)["mean"]) == (0.25,)
+
+
+@pytest.mark.parametrize("arguments", [{"expand_ratio": 3}, {"width_mult": 0.55}, {"condensed": True}])
+def test_what_was_built_with_arguments_is_written_and_loaded_twice(tmp_path, arguments):
+    name = "mobilenetv2_lgc_cifar100" if "condensed" in arguments else "mobilenetv2_cifar100"
+    model = timm.create_model(name, num_classes=3, **arguments)
+    model.pretrained_cfg = dict(model.pretrained_cfg, num_classes=3, label_names=("a", "b", "c"))
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        mz.save_weights(model, folder / "model.safetensors")
+        pretrained.write_config(model, folder / "config.json")
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert same(loaded, with_half_weights(normalise_(model)))
+        assert json.loads((folder / "config.json").read_text())["model_args"].items() >= arguments.items()
+        model = loaded
 
 
 @pytest.mark.parametrize("source", ["bundled", "", None])

@@ -101,7 +101,7 @@ def test_fine_tuning_is_measured_row_by_row(tmp_path, monkeypatch):
     assert finetuning_tables.results("cifar10") == {}
     means = {method: np.mean(cells[3]) for (_, method), cells in finetuning_tables.results("digits").items()}
     assert means["scratch"] < means["classifier"] > 50
-    row = finetuning_tables.finetuning_table("digits").splitlines()[2]
+    row = finetuning_tables.finetuning_table().splitlines()[2]
     assert re.fullmatch(r"\| `mobilenetv1_w025_cifar100` \| fine-tuned \| [\d.]+ ± [\d.]+ \(2\) \|", row)
 
 
@@ -213,16 +213,16 @@ def test_foreign_networks_are_pruned_by_both_rules():
     random = np.random.default_rng(0)
     classes = tuple(map(str, range(100)))
     data = mz.data.ImageSet(random.integers(0, 256, (256, 32, 32, 3), np.uint8), np.arange(256) % 100, classes)
-    networks, row = compress.pruned(dense, compress.pixels(random.integers(0, 256, (320, 32, 32, 3), np.uint8)), 32)
+    calibration = compress.pixels(random.integers(0, 256, (320, 32, 32, 3), np.uint8), 64)
+    networks, row = compress.pruned(dense, calibration, 64)
     assert row["condensed_macs"] < row["macs"]
-    before = compress.answers(dense, data.images)
-    for network in networks.values():
-        assert np.array_equal(
-            compress.answers(mz.condense(network), data.images), compress.answers(network, data.images)
-        )
-    agreement = {rule: (compress.answers(network, data.images) == before).mean() for rule, network in networks.items()}
+    before = compress.answers(dense, data.images, 64)
+    after = {rule: compress.answers(network, data.images, 64) for rule, network in networks.items()}
+    for rule, network in networks.items():
+        assert np.array_equal(compress.answers(mz.condense(network), data.images, 64), after[rule])
+    agreement = {rule: (answers == before).mean() for rule, answers in after.items()}
     assert agreement["images"] >= agreement["magnitude"]
     weights = [parameter.clone() for parameter in networks["images"].parameters()]
-    compress.train(networks["images"], data, epochs=1, lr=1e-3, seed=0)
+    compress.train(networks["images"], data, 64, epochs=1, lr=1e-3, seed=0)
     assert any(not torch.equal(a, b) for a, b in zip(weights, networks["images"].parameters(), strict=True))
     assert not networks["images"].training

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from report import ROOT, load_json, read_csv
-from report.finetuning_tables import METHODS, results
+from report.finetuning_tables import DATA, METHODS, results
 from report.latency_tables import DEPLOYED, latency, timed
 from report.model_tables import ORIGINAL_TOP1, default_weights
 
@@ -160,27 +160,32 @@ def draw_mask(figure: Any, data: Any) -> None:
 
 
 def draw_finetuning(figure: Any, data: Any) -> None:
-    """Draws accuracy over images a class: a colour per network, a line per method."""
-    figure.set_size_inches(7.0, 4.4)
-    axes = figure.add_subplot()
+    """Draws accuracy over images a class, a panel per data set: a colour per network, a line per method."""
+    figure.set_size_inches(9.0, 4.0)
     lines = dict(zip(METHODS, (dict(linestyle="-"), dict(linestyle="--"), dict(linestyle=":")), strict=True))
+    sets = list(dict.fromkeys(row["data"] for row in data))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["model"] for row in data))}
-    for row in data:
-        label = f"{short(row['model'])}, {row['method']}"
-        style = dict(color=colors[row["model"]], marker="o", markersize=4, linewidth=1.2)
-        axes.plot(row["images"], row["top1"], label=label, **style, **lines[row["method"]])
-    axes.set(xlabel="training images a class (log scale)", ylabel="CIFAR-10 top-1 (%)", xscale="log")
-    counts = sorted({count for row in data for count in row["images"]})
-    axes.set_xticks(counts, list(map(str, counts)))
-    axes.minorticks_off()
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        shown = [row for row in data if row["data"] == name]
+        for row in shown:
+            label = f"{short(row['model'])}, {row['method']}"
+            style = dict(color=colors[row["model"]], marker="o", markersize=4, linewidth=1.2)
+            axes.plot(row["images"], row["top1"], label=label, **style, **lines[row["method"]])
+        axes.set(xlabel="training images a class (log scale)", ylabel=f"{DATA[name]}: top-1 (%)", xscale="log")
+        counts = sorted({count for row in shown for count in row["images"]})
+        axes.set_xticks(counts, list(map(str, counts)))
+        axes.minorticks_off()
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside right center")
 
 
 def finetuning() -> list[dict[str, Any]]:
-    """Returns the mean accuracy over images a class of every network and method."""
+    """Returns the mean accuracy over images a class of every network and method, where there are several numbers."""
     return [
-        dict(model=model, method=method, images=sorted(cells), top1=[float(np.mean(cells[n])) for n in sorted(cells)])
-        for (model, method), cells in results("cifar10").items()
+        {"data": data, "model": model, "method": method, "images": counts, "top1": [np.mean(cells[n]) for n in counts]}
+        for data in ("cifar10", "cifar100-coarse")
+        for (model, method), cells in results(data).items()
+        for counts in [sorted(cells)]
     ]
 
 

@@ -4,31 +4,36 @@ import statistics
 
 from report import ROOT, markdown, read_csv
 
-__all__ = ["METHODS", "finetuning_table", "results"]
+__all__ = ["DATA", "METHODS", "finetuning_table", "results"]
 
 RESULTS = ROOT / "benchmarks" / "finetuning.csv"
 METHODS = ("fine-tuned", "classifier", "scratch")
+DATA = {"cifar10": "CIFAR-10", "cifar100-coarse": "superclasses", "digits": "digits", "photos": "photos"}
 
 
 def results(data: str) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """Returns the top-1 of every seed by (model, method) and number of images a class."""
+    """Returns the top-1 of every seed by (model, method) and number of images a class; foreign networks are last."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in read_csv(RESULTS):
+    for row in sorted(read_csv(RESULTS), key=lambda row: not row["model"].endswith("_cifar100")):
         if row["data"] == data:
             cells = found.setdefault((row["model"], row["method"]), {})
             cells.setdefault(int(row["per_class"]), []).append(float(row["top1"]))
     return found
 
 
-def finetuning_table(data: str) -> str:
-    found = results(data)
-    counts = sorted({count for cells in found.values() for count in cells})
+def finetuning_table() -> str:
+    """Returns a row for each network and method and a column for each data set and number of images a class."""
+    found = {data: cells for data in DATA if (cells := results(data))}
+    counts = {data: sorted({count for by in cells.values() for count in by}) for data, cells in found.items()}
+    columns = [(data, count) for data in found for count in counts[data]]
     rows = []
-    for model in dict.fromkeys(model for model, _ in found):
+    for model in dict.fromkeys(model for cells in found.values() for model, _ in cells):
         for method in METHODS:
-            if cells := found.get((model, method)):
-                rows.append([f"`{model}`", method, *(_cell(cells.get(count, [])) for count in counts)])
-    return markdown(["network", "", *(f"{count:,} a class" for count in counts)], rows, left=2)
+            scores = [found[data].get((model, method), {}).get(count, []) for data, count in columns]
+            if any(scores):
+                rows.append([f"`{model}`", method, *map(_cell, scores)])
+    header = [f"{DATA[data]}: {count:,}" if count == counts[data][0] else f"{count:,}" for data, count in columns]
+    return markdown(["network", "", *header], rows, left=2)
 
 
 def _cell(scores: list[float]) -> str:
