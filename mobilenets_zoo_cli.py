@@ -297,7 +297,7 @@ def export(
     "--data", required=True, help="Folder of images per class (below train and test or not), or Parquet folder."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for weights and results.")
-@click.option("--epochs", type=click.IntRange(1), help="By default 10 for up to 2,000 images, down to 5 for more.")
+@click.option("--epochs", type=click.IntRange(1), help="By default 10 for 1,000 images, at least 5, at most 40.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(2))
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="By default 0.003, less below 1,000 images.")
 @click.option("--layer-decay", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))

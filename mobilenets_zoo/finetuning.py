@@ -43,7 +43,7 @@ CHECKED_IMAGES = 1000
 # The default learning rate, which falls with the root of the images where there are fewer than FEW_IMAGES: worth two
 # points with ten CIFAR-10 images a class.
 LR, FEW_IMAGES = 3e-3, 1000
-SHOWN_IMAGES = 20_000  # by default, over all epochs: minutes on a CPU
+SHOWN_IMAGES = 10_000  # by default, over all epochs: minutes on a CPU
 # How much of the start is in the average at the end. What lies between start and last weights is better than either
 # (Wortsman et al., arXiv 2109.01903): by a point with 100 CIFAR-10 images a class.
 START_SHARE = 0.1
@@ -54,7 +54,7 @@ PARTS = ("model", "average", "optimizer")  # of a run, in its checkpoint
 class Settings:
     """What decides the result besides network and images."""
 
-    epochs: Optional[int] = None  # by default 10 for up to 2,000 images, 5 for 4,000 and more
+    epochs: Optional[int] = None  # by default 10 for 1,000 images, 5 for more, up to 40 for fewer
     batch_size: int = 32
     lr: Optional[float] = None  # AdamW's peak learning rate, that of the classifier; by default by the number of images
     layer_decay: float = 0.9  # factor on the learning rate from each layer to the one before it; none from scratch
@@ -236,7 +236,7 @@ class Run:
         model.reset_classifier(len(images.classes))
         model.pretrained_cfg.update(num_classes=len(images.classes), label_names=images.classes)
         self.model, self.settings = model.to(memory_format=torch.channels_last), settings
-        self.epochs = 0 if settings.freeze else settings.epochs or min(10, max(5, SHOWN_IMAGES // len(images)))
+        self.epochs = 0 if settings.freeze else settings.epochs or min(40, max(5, SHOWN_IMAGES // len(images)))
         self.steps = max(1, len(images) // settings.batch_size)  # of an epoch
         self.device = next(model.parameters()).device
         self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2)
