@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         row |= {"data": args.dataset, "model": model, "method": method, "per_class": per_class, "seed": seed}
         row |= {key: where[key] for key in ("threads", "device", "torch")}
         with open(args.out, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)

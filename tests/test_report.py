@@ -71,6 +71,26 @@ def test_names_in_pictures_cover_neither_marks_nor_one_another():
     assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # with itself
 
 
+def test_the_legend_names_every_line_and_covers_no_panel():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    rows = [
+        {"data": data, "model": f"mobilenetv1_{name}_cifar100", "method": method, "images": [10, 100], "top1": [50, 60]}
+        for data, names in (("cifar10", ("a", "b")), ("cifar100-coarse", ("b", "c")))
+        for name in names
+        for method in figures.METHODS
+    ]
+    figure = pyplot.figure(layout="constrained")
+    figures.draw_finetuning(figure, rows)
+    figure.draw_without_rendering()
+    legend = figure.legends[0]
+    pyplot.close(figure)
+    expected = {f"v1_{name}, {method}" for name in "abc" for method in figures.METHODS}
+    assert {text.get_text() for text in legend.texts} == expected
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert len(boxes) == 2
+    assert not legend.get_window_extent().count_overlaps(boxes)
+
+
 def test_fine_tuning_is_measured_row_by_row(tmp_path, monkeypatch):
     out, trained = tmp_path / "finetuning.csv", []
     arguments = [

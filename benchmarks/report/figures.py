@@ -176,7 +176,8 @@ def draw_finetuning(figure: Any, data: Any) -> None:
         axes.set_xticks(counts, list(map(str, counts)))
         axes.minorticks_off()
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside right center")
+    names = sorted(drawn)
+    figure.legend([drawn[name] for name in names], names, fontsize=7, loc="outside right center")
 
 
 def finetuning() -> list[dict[str, Any]]:
