@@ -2,10 +2,10 @@
 
     python benchmarks/tables.py [--check]
 
-Sources are the registered models, mobilenets_zoo/weights/manifest.json, benchmarks/runs/, timings/, experiments.csv
-and finetuning.csv; what each table and picture shows is in benchmarks/report/. A table in a Markdown file stands
-between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. --check also fails where the timings are of other weights than
-those that models load by default today.
+Sources are the registered models, mobilenets_zoo/weights/manifest.json, and what benchmarks/ holds: runs/, timings/,
+groups.json and the CSV files. What each table and picture shows is in benchmarks/report/. A table in a Markdown file
+stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. --check also fails where the timings are of other weights
+than those that models load by default today.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from report import ROOT
 from report.figures import all_figures
-from report.finetuning_tables import finetuning_table
+from report.finetuning_tables import finetuning_table, trials_table
 from report.group_tables import groups_table
 from report.latency_tables import int8_table, not_shipped, summary_table, timings_table
 from report.model_tables import default_weights, family_table, models_table, profiles, weights_table
@@ -44,7 +44,7 @@ def generated() -> dict[Path, str]:
         docs / "lgc.md": {"family": family_table(costs), "groups": groups_table()},
         docs / "training.md": {"teacher": teacher_table(), "experiments": experiments_table()},
         docs / "condensing.md": {"latency-summary": summary_table()},
-        docs / "finetuning.md": {"worth": finetuning_table()},
+        docs / "finetuning.md": {"worth": finetuning_table(), "trials": trials_table()},
         docs / "timings.md": {"timings": timings_table(), "latency-int8": int8_table()},
     }
     texts = {ROOT / "mobilenets_zoo" / "profiles.json": json.dumps(costs, indent=2) + "\n"}

@@ -1,12 +1,13 @@
-"""Tables on fine-tuning, from benchmarks/finetuning.csv."""
+"""Tables on fine-tuning, from benchmarks/finetuning.csv and finetuning_trials.csv."""
 
 import statistics
 
 from report import ROOT, markdown, read_csv
 
-__all__ = ["DATA", "METHODS", "finetuning_table", "results"]
+__all__ = ["DATA", "METHODS", "finetuning_table", "results", "trials_table"]
 
 RESULTS = ROOT / "benchmarks" / "finetuning.csv"
+TRIALS = ROOT / "benchmarks" / "finetuning_trials.csv"
 METHODS = ("fine-tuned", "classifier", "scratch")
 DATA = {"cifar10": "CIFAR-10", "cifar100-coarse": "superclasses", "digits": "digits", "photos": "photos"}
 
@@ -42,3 +43,18 @@ def _cell(scores: list[float]) -> str:
         return "-"
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.1f}{spread}" + ("" if len(scores) == 3 else f" ({len(scores)})")
+
+
+def trials_table() -> str:
+    """Returns the means of what was tried on held-out images, a column for each network."""
+    trials: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in read_csv(TRIALS):
+        scores = trials.setdefault((row["comparison"], row["per_class"], row["setting"]), {})
+        scores.setdefault(row["model"], []).append(float(row["top1"]))
+    models = dict.fromkeys(model for scores in trials.values() for model in scores)
+    rows = [
+        [*key, *(f"{statistics.mean(by[model]):.2f} ({len(by[model])})" if model in by else "-" for model in models)]
+        for key, by in trials.items()
+    ]
+    names = [f"`{model.removesuffix('_cifar100')}`" for model in models]
+    return markdown(["comparison", "images a class", "setting", *names], rows, left=3)
