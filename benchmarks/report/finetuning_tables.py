@@ -22,9 +22,9 @@ def results(data: str) -> dict[tuple[str, str], dict[int, list[float]]]:
     return found
 
 
-def finetuning_table() -> str:
+def finetuning_table(*sets: str) -> str:
     """Returns a row for each network and method and a column for each data set and number of images a class."""
-    found = {data: cells for data in DATA if (cells := results(data))}
+    found = {data: cells for data in sets if (cells := results(data))}
     counts = {data: sorted({count for by in cells.values() for count in by}) for data, cells in found.items()}
     columns = [(data, count) for data in found for count in counts[data]]
     rows = []
@@ -32,9 +32,13 @@ def finetuning_table() -> str:
         for method in METHODS:
             scores = [found[data].get((model, method), {}).get(count, []) for data, count in columns]
             if any(scores):
-                rows.append([f"`{model}`", method, *map(_cell, scores)])
+                rows.append([_short(model), method, *map(_cell, scores)])
     header = [f"{DATA[data]}: {count:,}" if count == counts[data][0] else f"{count:,}" for data, count in columns]
     return markdown(["network", "", *header], rows, left=2)
+
+
+def _short(model: str) -> str:
+    return f"`{model.removesuffix('_cifar100').removeprefix('mobilenet')}`"
 
 
 def _cell(scores: list[float]) -> str:
@@ -56,5 +60,4 @@ def trials_table() -> str:
         [*key, *(f"{statistics.mean(by[model]):.2f} ({len(by[model])})" if model in by else "-" for model in models)]
         for key, by in trials.items()
     ]
-    names = [f"`{model.removesuffix('_cifar100')}`" for model in models]
-    return markdown(["comparison", "images a class", "setting", *names], rows, left=3)
+    return markdown(["comparison", "a class", "setting", *map(_short, models)], rows, left=3)
