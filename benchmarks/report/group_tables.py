@@ -21,15 +21,3 @@ def groups_table() -> str:
         rows.append([f"`{row['model']}`{arguments}", start, *costs, f"{row['start_top1']:.2f}", f"{row['top1']:.2f}"])
     header = ["model", "start", "MACs (M)", "optimized (M)", "ms", "at once (%)", "after an epoch (%)"]
     return markdown(header, rows, left=2)
-
-
-def compress_table() -> str:
-    """Returns what is left of networks of timm, pruned by each rule and after one more epoch."""
-    rows = []
-    for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
-        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", f"{row['calibration_images']:,}"]
-        after = [f"{row[key]:.1f}" if key in row else "-" for key in ("magnitude_epoch", "images_epoch")]
-        shares = [f"{row[key]:.1f}" for key in ("dense", "magnitude", "images")]
-        rows.append([f"`{row['network']}`", f"{row['size']}", *costs, *shares, *after])
-    header = ["network", "pixels", "MACs (M)", "images", "dense (%)", "magnitude", "with images"]
-    return markdown([*header, "magnitude, epoch", "images, epoch"], rows)
