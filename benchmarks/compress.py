@@ -116,14 +116,15 @@ def measure_trained(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
     dense = train(NETWORKS[name]().to(memory_format=torch.channels_last), kept, size, epochs, LR, seed=0)
 
     def accuracy(network: nn.Module) -> float:
+        network = mz.condense(network) if mz.learned_layers(network) else network
         return share(answers(network, test.images, size) == test.labels)
 
     networks, row = pruned(dense, pixels(kept.images[:CALIBRATION], size), size)
     row = {"network": name, "size": size, **row, "epochs": epochs}
     for rule, network in {"dense": dense, **networks}.items():
-        row[rule] = accuracy(mz.condense(network) if network is not dense else dense)
+        row[rule] = accuracy(network)
         train(network, kept, size, 1, LR_AFTER, seed=1)
-        row[f"{rule}_epoch"] = accuracy(mz.condense(network) if network is not dense else dense)
+        row[f"{rule}_epoch"] = accuracy(network)
     return row
 
 

@@ -45,7 +45,7 @@ CHECKED_IMAGES = 1000
 LR, FEW_IMAGES = 3e-3, 1000
 SHOWN_IMAGES = 10_000  # by default, over all epochs: minutes on a CPU
 # How much of the start is in the average at the end. What lies between start and last weights is better than either
-# (Wortsman et al., arXiv 2109.01903): by a point with 100 CIFAR-10 images a class.
+# (Wortsman et al., arXiv 2109.01903): by up to a point with 100 CIFAR-10 images a class.
 START_SHARE = 0.1
 PARTS = ("model", "average", "optimizer")  # of a run, in its checkpoint
 
