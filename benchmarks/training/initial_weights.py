@@ -91,6 +91,8 @@ def transfer(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor
     refusal = f"no rule starts {type(target).__name__} from this {type(source).__name__}"
     if _shapes(source) == _shapes(target):
         target.load_state_dict(source.state_dict())
+        if images is not None:
+            mz.prune_groups(target, images)
     elif not isinstance(source, mz.MobileNetV2) or not isinstance(target, mz.MobileNetV2):
         raise ValueError(refusal)
     elif not _is_dense(source):

@@ -10,6 +10,7 @@ the bias: (I + 1,). y is the layer's output there in the unpruned network: (O,).
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -18,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mobilenets_zoo.lgc.condense import learned_layers
 from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
@@ -76,9 +80,9 @@ def prune_groups(
     Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
     its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
     that alone reads them. Dropped inputs never return. Training flags and torch's random state stay as they are. Memory
-    holds some G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed initialised, all
-    processes call this alike, each with images of its own, and get the same masks and weights; where one of them fails,
-    the others wait for the process group's timeout. After an error the model is as it was.
+    holds a copy of the model and some G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed
+    initialised, all processes call this alike, each with images of its own, and get the same masks and weights; where
+    one of them fails, the others wait for the process group's timeout. After an error the model is as it was.
 
     Args:
         model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
@@ -93,8 +97,9 @@ def prune_groups(
             optimized: less time for more error.
 
     Raises:
-        ValueError: no learned layer, one that doesn't run or that the teacher lacks, `inputs` or `sharing` out of
-            range, images of another form or fewer than a layer needs, activations that aren't finite.
+        ValueError: no learned layer, one that doesn't run or that the teacher lacks, two that share a weight, `inputs`
+            or `sharing` out of range, images of another form or fewer than a layer needs, activations that aren't
+            finite.
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     model = model.module if isinstance(model, wrappers) else model
@@ -110,26 +115,32 @@ def prune_groups(
         raise ValueError("an iterator gives its images once and they are needed many times: make it a list")
     if not 0.0 <= sharing < math.inf:
         raise ValueError(f"sharing must be 0 or larger, not {sharing}")
+    if len({layer.weight for layer in layers.values()}) < len(layers):
+        raise ValueError("two learned layers share a weight, which can't be fitted to both: give each its own")
     counts, known = {}, dict(teacher.named_modules())
     for name, layer in layers.items():
         count = layer.in_channels // layer.condense_factor if inputs is None else inputs
-        counts[name] = count(layer) if callable(count) else count
-        if not 1 <= counts[name] <= layer.in_channels:
-            raise ValueError(f"{name}: inputs must be in 1...{layer.in_channels}, not {counts[name]}")
+        count = count(layer) if callable(count) else count
+        if not (1 <= count <= layer.in_channels and count == int(count)):
+            raise ValueError(f"{name}: inputs must be in 1...{layer.in_channels}, not {count}")
+        counts[name] = int(count)
         if name not in known:
             raise ValueError(f"the teacher has no layer {name}")
 
-    rows, saved = {}, copy.deepcopy(model.state_dict())
+    changing = [module for module in model.modules() if isinstance(module, (LearnedGroupConv2d, _BatchNorm))]
+    rows, saved = {}, [copy.deepcopy(module.state_dict()) for module in changing]
     flags = {module: module.training for network in (model, teacher) for module in network.modules()}
     try:
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed whenever it is iterated
             model.eval()
             teacher.eval()
             for name, (calls, every, norms) in _survey(model, layers, images).items():
-                moments = _moments(name, model, teacher, calls, _load(images, layers[name].weight, every))
+                moments = _moments(name, model, teacher, calls, _load(images, every))
                 rows[name] = _prune(layers[name], counts[name], norms, sharing, moments)
+                del moments  # two layers' would be the peak
     except BaseException:
-        model.load_state_dict(saved)
+        for part, state in zip(changing, saved, strict=True):
+            part.load_state_dict(state)
         raise
     finally:
         for module, flag in flags.items():
@@ -137,17 +148,31 @@ def prune_groups(
     return PruningReport(rows)
 
 
-def _load(batches: Iterable[Any], weight: torch.Tensor, every: int = 1) -> Iterator[torch.Tensor]:
-    """Yields the images of batches that hold one in `every` of all, with the device and dtype of a weight."""
+def _load(batches: Iterable[Any], every: int = 1) -> Iterator[torch.Tensor]:
+    """Yields the images of batches that hold one in `every` of all."""
     seen = used = 0
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
-            raise ValueError("images must be floating-point (N, C, H, W), normalised as in training")
+            raise ValueError(
+                "images must be floating-point (N, C, H, W), normalised as in training, or tuples that start with them"
+            )
         seen += len(images)
         if used * every < seen:
             used += len(images)
-            yield images.to(weight)
+            yield images
+
+
+class _Readers(TorchDispatchMode):
+    """Counts the operations that have taken each tensor, by its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)})
+        return func(*args, **(kwargs or {}))
 
 
 class _LastCall(Exception):
@@ -196,34 +221,33 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
     That is its calls, n where every nth batch is enough, and, where it has no bias, the BatchNorm behind each call.
     """
     weight = next(iter(layers.values())).weight
-    count = sum(map(len, _load(batches, weight)))
+    count = sum(map(len, _load(batches)))
     images, without = _sum_over_processes(weight.new_tensor([count, count == 0], dtype=torch.int64)).tolist()
     if without:
         raise ValueError("there are no images to calibrate with")
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # A map is known by its id, which holds while the trace keeps the map; its version tells whether it was changed in
-    # place since.
-    trace = _trace(
-        model,
-        [*layers.values(), *norms],
-        next(_load(batches, weight))[:1],
-        lambda module, x, y: (module, (id(x), _version(x)), (id(y), _version(y)), (x, y)),
-    )
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    with _Readers() as readers:  # of maps; an id may have been another map's before, and is this one's to the end
+        trace = _trace(
+            model,
+            [*layers.values(), *norms],
+            next(_load(batches))[:1].to(weight),
+            lambda module, x, y: (module, x, y, readers.counts[id(y)]),
+        )
     runs = [module for module, *_ in trace]
     if silent := [name for name, layer in layers.items() if layer not in runs]:
         raise ValueError(f"{silent[0]} doesn't run in eval mode: leave it out with to_learned_group_conv's `match`")
 
     uses, needed = {}, {}
     for name, layer in sorted(layers.items(), key=lambda item: runs.index(item[1])):
-        calls = [(key, y) for module, _, key, (_, y) in trace if module is layer]
-        readers = [[module for module, x, *_ in trace if x == key] for key, _ in calls]
+        calls = [(y, readers.counts[id(y)] - before) for module, _, y, before in trace if module is layer]
+        behind = [[module for module, x, *_ in trace if x is y] for y, _ in calls]
         own = layer.bias is None and all(
-            len(reader) == 1 and runs.count(reader[0]) == 1 and getattr(reader[0], "running_mean", None) is not None
-            for reader in readers
+            count == len(norm) == 1 and runs.count(norm[0]) == 1 and getattr(norm[0], "running_mean", None) is not None
+            for (_, count), norm in zip(calls, behind, strict=True)
         )
-        positions = sum(len(_positions(y)) for _, y in calls)
+        positions = sum(len(_positions(y)) for y, _ in calls)
         every = images // max(ENOUGH_IMAGES, ENOUGH_POSITIONS * layer.in_channels // positions)
-        uses[name] = len(calls), max(1, every), [reader[0] for reader in readers] if own else []
+        uses[name] = len(calls), max(1, every), [norm[0] for norm in behind] if own else []
         needed[name] = -(-(layer.in_channels + 1) // positions)  # one more for the bias
     if images < max(needed.values()):
         name = max(needed, key=needed.__getitem__)
@@ -234,10 +258,6 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
     return uses
 
 
-def _version(values: torch.Tensor) -> int:
-    return 0 if values.is_inference() else values._version
-
-
 def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batches: Iterable[Any]) -> Moments:
     """Returns the means of x x^T, (I + 1, I + 1), of y x^T, (O, I + 1), and of y^T y, (), in float64."""
     layer = model.get_submodule(name)
@@ -246,6 +266,7 @@ def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batche
     size, outputs, stride = layer.in_channels + 1, layer.out_channels, layer.stride
     moments = layer.weight.new_zeros((size + outputs) * size + 1, dtype=torch.float64)
     for images in batches:
+        images = images.to(layer.weight)
         x = torch.cat(_trace(model, [layer], images, lambda _, x, y: _positions(x[:, :, ::stride, ::stride]), calls))
         y = torch.cat(_trace(teacher, [target], images, lambda _, x, y: _positions(y), calls) or [x[:0]])
         if y.shape != (len(x), outputs):
@@ -292,14 +313,10 @@ def _choose_and_fit(
     """
     powers = second.diagonal()[:-1]
     ridge = F.pad(RIDGE[0] * powers + RIDGE[1] * powers.mean().clamp_min(1e-300), (0, 1))  # none on the bias
-
-    def fit() -> tuple[torch.Tensor, torch.Tensor]:
-        # What is dropped becomes a row and a column of the identity matrix.
-        kept = keep.unsqueeze(1) & keep.unsqueeze(2)
-        inverse = torch.linalg.inv(second * kept + torch.diag_embed(torch.where(keep, ridge, 1.0)))
-        return (cross * keep.unsqueeze(1)) @ inverse, inverse
-
-    weight, inverse = fit()
+    # What is dropped already becomes a row and a column of the identity matrix.
+    kept = keep.unsqueeze(1) & keep.unsqueeze(2)
+    inverse = torch.linalg.inv(second * kept + torch.diag_embed(torch.where(keep, ridge, 1.0)))
+    weight = (cross * keep.unsqueeze(1)) @ inverse
     # The inverse loses a rank with each input. Only its diagonal is kept up to date; a row is computed when it is
     # needed: the inverse is by then what it was at first less factors^T factors.
     diagonal = inverse.diagonal(dim1=1, dim2=2).clone()
@@ -307,9 +324,9 @@ def _choose_and_fit(
     steps = max(0, int(mask.sum(1).max()) - count)
     factors = inverse.new_zeros(len(keep), steps, len(second))
     for step in range(steps):
-        # By how much the group's squared error grows when its other weights may follow.
-        growth = (weight.square().sum(1) / diagonal)[:, :-1]
-        growth *= mask.sum(0) ** sharing
+        # By how much the group's squared error grows when its other weights may follow; the logarithm of it.
+        growth = (weight.square().sum(1) / diagonal)[:, :-1].log()
+        growth += sharing * mask.sum(0).log()
         least = growth.masked_fill(~mask, torch.inf).argmin(1)
         due = mask.sum(1) > count  # a group may have begun with fewer inputs than others
         past = factors[:, :step]
@@ -319,4 +336,4 @@ def _choose_and_fit(
         weight -= (weight[each, :, least] / pivot).unsqueeze(2) * factor.unsqueeze(1)
         diagonal -= factor.square()
         mask[each, least] &= ~due
-    return fit()[0]
+    return weight * keep.unsqueeze(1)
