@@ -99,10 +99,10 @@ def photos(root: Path) -> ImageSet:
 
 
 def fitted(images: ImageSet, model: Any) -> ImageSet:
-    """Returns the images at the size that a model takes."""
+    """Returns the images at the size that a model takes, enlarged whole."""
     if images.images.shape[1:3] == tuple(model.pretrained_cfg["input_size"][1:]):
         return images
-    transform = create_transform(**resolve_model_data_config(model), normalize=False)
+    transform = create_transform(**resolve_model_data_config(model) | {"crop_pct": 1.0}, normalize=False)
     pixels = [transform(Image.fromarray(image)).permute(1, 2, 0).numpy() for image in images.images]
     return ImageSet(np.stack(pixels), images.labels, images.classes)
 

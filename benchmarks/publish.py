@@ -189,6 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if [bool(args.name), args.all, bool(args.space)].count(True) != 1:
             raise ValueError("give either the NAME of a model or --all or --space")
+        if args.space and args.dry_run:
+            raise ValueError("--space uploads nothing; leave --dry-run out")
         if args.space:
             build_space(args.space, args.namespace)
             return 0

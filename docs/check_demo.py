@@ -39,6 +39,7 @@ TOLERANCE = 0.01
 # Larger pictures are shrunk twice, and the first time the browser's way.
 LARGE_TOLERANCE = 0.03
 PHONE_WIDTH = 380
+SLOW_S = 1.5  # what the server waits with a slow file
 
 STATE = """
 const text = (node, query) => node.querySelector(query)?.textContent;
@@ -76,11 +77,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         ".wasm": "application/wasm",
     }
 
-    def __init__(self, *args: Any, isolated: bool, missing: set[str], **kwargs: Any):
-        self.isolated, self.missing = isolated, missing
+    def __init__(self, *args: Any, isolated: bool, missing: set[str], slow: set[str], **kwargs: Any):
+        self.isolated, self.missing, self.slow = isolated, missing, slow
         super().__init__(*args, **kwargs)
 
     def send_head(self) -> Any:
+        if Path(self.path).name in self.slow:
+            time.sleep(SLOW_S)
         if Path(self.path).name in self.missing:
             return self.send_error(404)
         return super().send_head()
@@ -97,8 +100,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(folder: Path, isolated: bool, missing: set[str]) -> Iterator[str]:
-    handler = functools.partial(Handler, directory=str(folder), isolated=isolated, missing=missing)
+def served(folder: Path, isolated: bool, missing: set[str], slow: set[str]) -> Iterator[str]:
+    handler = functools.partial(Handler, directory=str(folder), isolated=isolated, missing=missing, slow=slow)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -158,7 +161,7 @@ class Page:
         act()
         error = self.wait(lambda state: state["error"], f"a message with {words}")["error"]
         self.expect(all(word in error for word in words) and "\n" not in error, f"the message {error!r} lacks {words}")
-        self.expect(not self.answer(self.sample(0))["error"], f"after {error!r} nothing works")
+        self.answer(self.sample(0))  # raises where nothing works any more
 
     def sample(self, index: int) -> Callable[[], object]:
         return self.browser.find_elements(By.CSS_SELECTOR, "#samples button")[index].click
@@ -292,6 +295,32 @@ def check_refusals(page: Page, url: str, scratch: Path, missing: set[str]) -> No
     page.browser.execute_cdp_cmd(remove, script)
 
 
+def check_switching(page: Page, url: str, slow: set[str], missing: set[str]) -> None:
+    """What was asked for last is shown, whichever file comes last, and nobody waits for what isn't wanted any more."""
+    page.open(url)
+    page.answer(page.sample(0))
+    samples, networks = (page.catalogue[key] for key in ("samples", "networks"))
+    late, wanted = networks[2]["file"], networks[0]["file"]
+    slow.update((samples[1]["file"], late))
+    missing.add(late)
+    page.sample(1)()
+    page.answer(page.sample(2))
+    time.sleep(SLOW_S)
+    caption = page.state()["caption"]
+    page.expect(caption.startswith(samples[2]["name"]), f"{caption!r} is shown, which was not asked for last")
+    start = time.perf_counter()
+    page.choose("network", late)()
+    status, bar = page.state()["status"], page.browser.find_element(By.ID, "progress")
+    page.expect(status.startswith("Fetching") and bar.is_displayed(), f"while it fetches, the page says {status!r}")
+    before = page.answer(page.choose("network", wanted))
+    page.expect(time.perf_counter() - start < SLOW_S, "the answer waited for a network that isn't wanted any more")
+    time.sleep(SLOW_S)
+    after = page.state()
+    page.expect(not after["error"] and after["status"] == before["status"], f"a late network left {after}")
+    slow.clear()
+    missing.clear()
+
+
 def check_access(page: Page, url: str) -> None:
     """Names of all controls, the keyboard alone, the camera, both colour schemes, a phone's width."""
     page.open(url)
@@ -358,12 +387,13 @@ def main(argv: list[str] | None = None) -> int:
         print("error: no chromium or chromedriver; on Debian, apt install chromium chromium-driver", file=sys.stderr)
         return 2
     missing: set[str] = set()
+    slow: set[str] = set()
     start = time.perf_counter()
     camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        served(folder, True, missing) as isolated,
-        served(folder, False, missing) as plain,
+        served(folder, True, missing, slow) as isolated,
+        served(folder, False, missing, slow) as plain,
     ):
         browser = chromium(f"{scratch}/profile", *camera)
         page = Page(browser, folder)
@@ -379,6 +409,7 @@ def main(argv: list[str] | None = None) -> int:
             host = urlsplit(isolated).netloc
             page.expect(page.state()["hosts"] == [host], f"the page fetches from {page.state()['hosts']}")
             check_refusals(page, isolated, Path(scratch), missing)
+            check_switching(page, isolated, slow, missing)
             page.open(plain)
             state = page.answer(page.sample(0))
             one = state["cards"][0]["facts"]["run on"]

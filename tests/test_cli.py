@@ -288,7 +288,7 @@ def test_a_broken_file_among_several(run, tmp_path, photo, as_json):
     assert len(lines) == 3
     assert "broken.png: not a readable image" in lines[0]
     assert "missing.png: no such file" in lines[1]
-    assert "directory" in lines[2]
+    assert f"{tmp_path}: " in lines[2]  # the system says what is wrong with it
     if as_json:
         assert ["error" in result for result in json.loads(out)["images"]] == [False, True, True, True, False]
     else:
@@ -302,6 +302,7 @@ def test_endless_standard_input_is_one_line(run, monkeypatch):
     assert "standard input: has more than" in one_line_error(err)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="such names don't exist on other systems")
 @pytest.mark.parametrize("name", ["line\nbreak.png", "\x1b[31mred.png", "undecodable\udcff.png"])
 def test_strange_file_names_are_escaped(run, tmp_path, photo, name):
     (tmp_path / name).write_bytes(photo.read_bytes())

@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import mobilenets_zoo as mz
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -96,3 +98,7 @@ def test_the_map_names_every_file():
     named = set(re.findall(r"[\w/]+\.py", parts))
     existing = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]}
     assert named <= existing
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {mz.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -196,6 +196,7 @@ def test_group_lasso_sums_over_layers():
     torch.testing.assert_close(mz.group_lasso(model), model[0].group_lasso() + model[2].group_lasso())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo's rendezvous differs")
 def test_two_processes_learn_identical_masks():
     """Two gloo processes train on different data under DDP and prune; weights, masks and buffers must agree."""
     result = subprocess.run(

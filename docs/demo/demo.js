@@ -1,8 +1,8 @@
 // Classifies pictures with ONNX Runtime. networks.json, from benchmarks/build_demo.py, names all that is fetched.
 const MAX_PIXELS = 50e6, MAX_BYTES = 64 * 2 ** 20, LARGE_SIDE = 1024; // as in mobilenets_zoo/data.py and cli.py
 const RUNS = 10, WARM_UP_MS = 500; // a browser runs code slowly until it has compiled it well
-const files = new Map(), runtimes = new Map(), sessions = new Map(), measured = new Map();
-let catalogue, pixels, turn = 0, queue = Promise.resolve();
+const files = new Map(), received = new Map(), runtimes = new Map(), sessions = new Map(), measured = new Map();
+let catalogue, pixels, asked = 0, turn = 0, queue = Promise.resolve(); // asked: of pictures; turn: of answers
 
 const $ = (id) => document.getElementById(id);
 const millions = (count) => (count / 1e6).toFixed(1);
@@ -15,16 +15,21 @@ function element(tag, properties, ...children) {
   return node;
 }
 
-function fail(error) {
-  Object.assign($("error"), { textContent: error.message, hidden: false });
-  $("progress").hidden = true;
-  $("status").textContent = "";
+const complain = ({ message }) => Object.assign($("error"), { textContent: message, hidden: false });
+const fail = (error) => { complain(error); $("progress").hidden = true; $("status").textContent = ""; };
+
+// Shows an image file, or what a promise gives; the one that was asked for last, whichever comes last.
+function openFile(file, name, note = "") {
+  const mine = ++asked;
+  Promise.resolve(file).then((blob) => decode(blob, name)).then((bitmap) => {
+    if (mine === asked) showImage(bitmap, bitmap.width, bitmap.height, name, note);
+    bitmap.close();
+  }).catch((error) => mine === asked && complain(error));
 }
 
-async function openFile(file, name, note) {
-  const refuse = (why) => { throw new Error(`${name || "The picture"} ${why}`); };
+async function decode(file, name) {
+  const refuse = (why) => { throw new Error(`${name} ${why}`); };
   const unreadable = () => refuse("is not an image that this browser reads; choose a PNG or JPEG file.");
-  $("error").hidden = true;
   if (file.size > MAX_BYTES) refuse(`has more than ${MAX_BYTES / 2 ** 20} MiB; make the image smaller first.`);
   const image = new Image();
   image.src = URL.createObjectURL(file);
@@ -34,17 +39,16 @@ async function openFile(file, name, note) {
     if (width * height > MAX_PIXELS)
       refuse(`has ${width} x ${height} pixels; at most ${MAX_PIXELS / 1e6} million are read, make it smaller.`);
     // As Python sees it: turned upright, without the colour profile.
-    const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(unreadable);
-    showImage(bitmap, bitmap.width, bitmap.height, name || "Your picture", note);
+    return await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(unreadable);
   } finally {
     URL.revokeObjectURL(image.src);
   }
 }
 
-function showImage(source, fullWidth, fullHeight, name, note = "") {
+function showImage(source, fullWidth, fullHeight, name, note) {
   const scale = Math.min(1, LARGE_SIDE / Math.max(fullWidth, fullHeight)), size = catalogue.size, photo = $("photo");
   const [width, height] = [fullWidth, fullHeight].map((length) => Math.max(1, Math.round(length * scale)));
-  Object.assign(photo, { width, height });
+  Object.assign(photo, { width, height, ariaLabel: name });
   const context = photo.getContext("2d", { willReadFrequently: true });
   Object.assign(context, { fillStyle: "white", imageSmoothingQuality: "high" }); // white behind what is transparent
   context.fillRect(0, 0, width, height);
@@ -52,15 +56,11 @@ function showImage(source, fullWidth, fullHeight, name, note = "") {
   pixels = cropAndShrink(context.getImageData(0, 0, width, height), size);
   context.fillStyle = "rgb(128 128 128 / 70%)"; // over what the crop leaves out
   const side = Math.min(width, height), x = (width - side) / 2, y = (height - side) / 2;
-  context.beginPath();
-  context.rect(0, 0, width, height);
-  context.rect(x, y, side, side);
-  context.fill("evenodd");
+  context.fill(new Path2D(`M0 0H${width}V${height}H0ZM${x} ${y}h${side}v${side}h${-side}Z`), "evenodd");
   const seen = Object.assign($("seen"), { width: size, height: size }), shrunk = new ImageData(size, size);
   for (let i = 0; i < size * size; i++) shrunk.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
   seen.getContext("2d").putImageData(shrunk, 0, 0);
-  photo.setAttribute("aria-label", name);
-  seen.setAttribute("aria-label", `${name}, cropped and shrunk to ${size} x ${size} pixels`);
+  seen.ariaLabel = `${name}, cropped and shrunk to ${size} x ${size} pixels`;
   $("caption").textContent = name + note;
   $("seen-caption").textContent = `What the network sees: ${size} x ${size} pixels`;
   $("result").hidden = false;
@@ -76,9 +76,8 @@ function cropAndShrink({ data, width, height }, size) {
     const stretch = Math.max(scale, 1), first = halfToEven((shrunk - size) / 2);
     return Array.from({ length: size }, (_, i) => {
       const centre = (first + i + 0.5) * scale, low = Math.max(0, Math.trunc(centre - 2 * stretch + 0.5));
-      const weights = [];
-      for (let j = low; j < Math.min(length, Math.trunc(centre + 2 * stretch + 0.5)); j++)
-        weights.push(cubic(Math.abs(j - centre + 0.5) / stretch));
+      const count = Math.min(length, Math.trunc(centre + 2 * stretch + 0.5)) - low;
+      const weights = Array.from({ length: count }, (_, j) => cubic(Math.abs(low + j - centre + 0.5) / stretch));
       const sum = weights.reduce((a, b) => a + b);
       return [low, weights.map((weight) => weight / sum)];
     });
@@ -94,14 +93,16 @@ function cropAndShrink({ data, width, height }, size) {
   return new Uint8Array(result.buffer);
 }
 
-async function download(file, onBytes = () => {}) {
-  const counter = new TransformStream({ transform(chunk, stream) { onBytes(chunk.length); stream.enqueue(chunk); } });
+async function download(file) {
+  const count = (chunk) => received.set(file, (received.get(file) ?? 0) + chunk.length);
+  const counter = new TransformStream({ transform(chunk, stream) { count(chunk); stream.enqueue(chunk); } });
   try {
     const response = await fetch(file);
     if (!response.ok) throw new Error(`HTTP ${response.status}`);
     return new Uint8Array(await new Response(response.body.pipeThrough(counter)).arrayBuffer());
   } catch (error) {
-    throw new Error(`The file ${file} can't be fetched: ${error.message}; try again or choose another network.`);
+    received.delete(file);
+    throw new Error(`The file ${file} can't be fetched: ${error.message}; try again.`);
   }
 }
 
@@ -111,55 +112,55 @@ function once(map, key, make) {
   return map.get(key);
 }
 
-async function startRuntime(backend, onBytes) {
+// Waits for a promise; ends what isn't the answer that was asked for last.
+const current = (mine, promise) => Promise.resolve(promise).then((value) => mine === turn ? value : Promise.reject());
+
+async function startRuntime(backend) {
   if (!window.WebAssembly) throw new Error("This browser runs no WebAssembly; allow it or use another browser.");
   const { module, glue, wasm } = catalogue.runtime[backend];
-  const [ort, binary] = await Promise.all([import(`./${module.file}`), download(wasm.file, onBytes)]);
+  const [ort, binary] = await Promise.all([import(`./${module.file}`), download(wasm.file)]);
   const wasmPaths = { mjs: new URL(glue.file, import.meta.url).href };
   Object.assign(ort.env.wasm, { wasmBinary: binary.buffer, wasmPaths, numThreads: threads() });
   return ort;
 }
 
-async function load(networks, backend) {
-  const missing = networks.filter(({ file }) => !files.has(file));
-  if (!runtimes.has(backend)) missing.push(catalogue.runtime[backend].wasm);
-  const total = missing.reduce((sum, { bytes }) => sum + bytes, 0), bar = $("progress");
-  const onBytes = (count) => { bar.value += count; };
-  if (total) Object.assign(bar, { max: total, value: 0, hidden: false });
-  if (total) $("status").textContent = `Fetching ${millions(total)} MB`;
-  const [ort, ...contents] = await Promise.all([
-    once(runtimes, backend, () => startRuntime(backend, onBytes)),
-    ...networks.map(({ file }) => once(files, file, () => download(file, onBytes))),
-  ]);
-  bar.removeAttribute("value"); // nobody knows how long starting takes
-  const create = (i) => ort.InferenceSession.create(contents[i], { executionProviders: [backend] });
-  const opened = await Promise.all(networks.map(({ file }, i) => once(sessions, `${file} ${backend}`, () => create(i))))
-    .catch((error) => { throw new Error(`The network can't be started: ${error.message.split("\n")[0]}`); });
-  bar.hidden = true;
-  return [ort, opened];
-}
-
-// What was asked for last is run, and nothing else.
+// Downloads don't wait for one another; what runs does.
 function classify() {
   if (!pixels) return;
-  const mine = ++turn;
+  const mine = ++turn, backend = $("backend").value, chosen = [$("network").value, $("other").value].filter(Boolean);
+  const networks = chosen.map((file) => catalogue.networks.find((network) => network.file === file));
+  const wanted = [catalogue.runtime[backend].wasm, ...networks], bar = $("progress");
+  const left = () => wanted.reduce((sum, { file, bytes }) => sum + bytes - (received.get(file) ?? 0), 0);
+  const total = left();
   $("error").hidden = true;
-  $("status").textContent = "Running";
-  queue = queue.then(() => mine === turn && run(mine)).catch(fail);
+  $("cards").replaceChildren();
+  $("status").textContent = total ? `Fetching ${millions(total)} MB` : "Running";
+  Object.assign(bar, { max: total, value: 0, hidden: !total });
+  const watch = setInterval(() => { if (mine === turn) bar.value = total - left(); }, 50);
+  const loading = [once(runtimes, backend, () => startRuntime(backend))];
+  for (const { file } of networks) loading.push(once(files, file, () => download(file)));
+  current(mine, Promise.all(loading).finally(() => clearInterval(watch))).then((loaded) => {
+    bar.removeAttribute("value"); // nobody knows how long starting takes
+    const running = queue.then(() => run(mine, networks, backend, ...loaded));
+    queue = running.catch(() => {});
+    return running;
+  }).catch((error) => mine === turn && fail(error));
 }
 
-async function run(mine) {
-  const backend = $("backend").value, count = threads();
+async function run(mine, networks, backend, ort, ...contents) {
+  await current(mine);
+  const create = (i) => ort.InferenceSession.create(contents[i], { executionProviders: [backend] });
+  const starting = networks.map(({ file }, i) => once(sessions, `${file} ${backend}`, () => create(i)));
+  const opened = await current(mine, Promise.all(starting).catch((error) => {
+    throw new Error(`The network can't be started: ${error.message.split("\n")[0]}`);
+  }));
+  $("progress").hidden = true;
+  const count = threads(), spoken = [];
   const place = backend === "wasm" ? `CPU, ${count} thread${count > 1 ? "s" : ""}` : "GPU";
-  const chosen = [$("network").value, $("other").value].filter(Boolean);
-  const networks = chosen.map((file) => catalogue.networks.find((network) => network.file === file));
-  const spoken = [];
-  $("cards").replaceChildren();
-  const [ort, opened] = await load(networks, backend);
   for (const [i, network] of networks.entries()) {
     const { inputNames: [input], outputNames: [output] } = opened[i];
     const feeds = { [input]: new ort.Tensor("uint8", pixels, [1, catalogue.size, catalogue.size, 3]) };
-    const probabilities = (await opened[i].run(feeds))[output].data;
+    const probabilities = (await current(mine, opened[i].run(feeds)))[output].data;
     const classes = catalogue.classes.map((name, label) => ({ name, share: probabilities[label] }));
     const best = classes.sort((a, b) => b.share - a.share).slice(0, 5);
     const time = element("p", { className: "time" }, "…");
@@ -167,17 +168,15 @@ async function run(mine) {
     const times = [], key = `${network.file} ${place}`, warm = performance.now() + (measured.has(key) ? 0 : WARM_UP_MS);
     while (times.length < RUNS) {
       await new Promise((resolve) => setTimeout(resolve)); // the page stays awake in between
-      if (mine !== turn) return;
       const start = performance.now();
-      await opened[i].run(feeds);
+      await current(mine, opened[i].run(feeds));
       if (start >= warm) times.push(performance.now() - start);
     }
     times.sort((a, b) => a - b);
     const median = (times[RUNS / 2 - 1] + times[RUNS / 2]) / 2;
     const ms = median.toFixed(2), rate = Math.round(1000 / median);
     time.replaceChildren(`${ms} ms `, element("span", {}, `${rate} images/s`));
-    const row = [title(network), place, millions(network.bytes), millions(network.macs), ms, rate];
-    measured.set(key, row);
+    measured.set(key, [title(network), place, millions(network.bytes), millions(network.macs), ms, rate]);
     spoken.push(`${title(network)}: ${best[0].name}, ${(100 * best[0].share).toFixed(0)} %, in ${ms} ms`);
   }
   $("status").textContent = spoken.join("; ");
@@ -188,8 +187,8 @@ async function run(mine) {
 
 function card(network, best, time, place) {
   const top1 = `${network.top1.toFixed(2)} %${network.precision === "fp32" ? "" : " (of fp32)"}`;
-  const size = `${millions(network.bytes)} MB`, macs = `${millions(network.macs)} M`;
-  const facts = { size, MACs: macs, "top-1": top1, "run on": place };
+  const size = `${millions(network.bytes)} MB`, MACs = `${millions(network.macs)} M`;
+  const facts = { size, MACs, "top-1": top1, "run on": place };
   const terms = Object.entries(facts).flatMap(([term, fact]) => [element("dt", {}, term), element("dd", {}, fact)]);
   const rows = best.map(({ name, share }) => {
     const bar = element("i", { ariaHidden: "true" }), percent = `${(100 * share).toFixed(1)} %`;
@@ -204,19 +203,20 @@ async function useCamera() {
   const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } }).catch(() => {
     throw new Error("The camera can't be used: there is none, or it isn't allowed; choose an image file instead.");
   });
-  $("video").srcObject = stream;
-  $("viewfinder").onclose = () => stream.getTracks().forEach((track) => track.stop());
+  $("video").srcObject = stream; // asked for twice, there are two of them
+  $("viewfinder").addEventListener("close", () => stream.getTracks().forEach((track) => track.stop()), { once: true });
   $("viewfinder").showModal();
 }
 
 function shoot() {
   const video = $("video");
   if (!video.videoWidth) return; // it hasn't started
-  showImage(video, video.videoWidth, video.videoHeight, "Photograph");
+  asked++; // a picture that still loads comes too late
+  showImage(video, video.videoWidth, video.videoHeight, "Photograph", "");
   $("viewfinder").close();
 }
 
-const openOwn = ([file]) => openFile(file ?? new Blob(), file?.name).catch(fail);
+const openOwn = ([file]) => openFile(file ?? new Blob(), file?.name || "Your picture");
 
 async function copy() {
   const head = [...document.querySelectorAll("thead th")].map((cell) => cell.textContent);
@@ -239,7 +239,7 @@ async function start() {
     $("pairs").append(element("button", { type: "button", onclick }, label));
   }
   for (const { file, name, note } of catalogue.samples) {
-    const onclick = () => download(file).then((content) => openFile(new Blob([content]), name, note)).catch(fail);
+    const onclick = () => openFile(download(file).then((content) => new Blob([content])), name, note);
     const image = element("img", { src: file, alt: name, width: 72, height: 72 });
     $("samples").append(element("button", { type: "button", title: name, onclick }, image));
   }
@@ -247,7 +247,7 @@ async function start() {
   $("choose").onclick = () => $("file").click();
   $("file").onchange = () => { openOwn([...$("file").files]); $("file").value = ""; };
   $("camera").hidden = !navigator.mediaDevices?.getUserMedia;
-  $("camera").onclick = () => useCamera().catch(fail);
+  $("camera").onclick = () => useCamera().catch(complain);
   $("shoot").onclick = shoot;
   $("stop").onclick = () => $("viewfinder").close();
   document.ondragover = (event) => event.preventDefault();
