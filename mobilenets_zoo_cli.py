@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = ["main"]
@@ -34,6 +35,7 @@ class _OnUse:
 timm: Any = _OnUse("timm")
 torch: Any = _OnUse("torch")
 mz: Any = _OnUse("mobilenets_zoo")
+huggingface_hub: Any = _OnUse("huggingface_hub")
 catalogue: Any = _OnUse("mobilenets_zoo.catalogue")
 
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -85,8 +87,19 @@ def cli() -> None:
     """
 
 
+def _device(context: click.Context, parameter: click.Parameter, device: str) -> str:
+    """Returns the device if tensors can be there."""
+    try:
+        torch.ones(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition(". ")[0].splitlines()[0]
+        raise InputError(f"the device {device} can't be used ({reason}); choose cpu or cuda") from error
+    return device
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-data_option: dict[str, Any] = dict(help="Parquet folder or file, torchvision root, or uoft-cs/cifar100.")
+device_option = click.option("--device", default="cpu", show_default=True, callback=_device)
+data_option: dict[str, Any] = dict(help="Folder of images per class, Parquet, torchvision root, or uoft-cs/cifar100.")
 
 
 @cli.command("list")
@@ -169,6 +182,8 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
         raise InputError("Missing argument IMAGE...; give an image file, or --demo for a sample photo")
     name = name or catalogue.best_model()
     model = _pretrained(name)
+    if (channels := model.pretrained_cfg["input_size"][0]) != 3:
+        raise InputError(f"{name} takes images of {channels} channel(s); choose a network for colour images")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     classes = _class_names(model)
     results: list[dict[str, Any]] = []
@@ -203,7 +218,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
             table = Table("class", "probability")
             table.columns[1].justify = "right"
             for row in result["predictions"]:
-                table.add_row(row["class"], f"{100 * row['probability']:.1f} %")
+                table.add_row(escape(_printable(row["class"])), f"{100 * row['probability']:.1f} %")
             console.print(table)
     if any("error" in result for result in results):
         sys.exit(2)
@@ -214,7 +229,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
 @click.option("--data", required=True, **data_option)
 @click.option("--condensed", is_flag=True, help="Measure the deployed form of the learned group convolutions.")
 @click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1))
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @json_option
 def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str, as_json: bool) -> None:
     """Measure a model's pretrained weights on the test images."""
@@ -222,19 +237,19 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
     if condensed:
         model = _condensed(model)
     try:
-        if torch.device(device).type == "meta":
-            raise ValueError("the device meta holds no values; choose cpu or cuda")
         model = model.to(torch.device(device), memory_format=torch.channels_last)
-        images = mz.data.load_images(data, "test")
+        images = mz.data.read_split(data, "test", model)
         with catalogue.progress_bar() as progress:
             result = mz.evaluation.evaluate(model, images, batch_size, _counter(progress, name, len(images)))
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from error
     full_name = _full_name(name, model)
     if as_json:
         _print_json({"model": full_name, "condensed": condensed, **result.to_dict()})
         return
-    table = Table("images", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)", title=full_name)
+    table = Table(title=escape(_printable(full_name)))
+    for header in ("images", "top-1 (%)", "top-5 (%)", "loss", "ECE (%)"):
+        table.add_column(header, overflow="fold")
     table.add_row(
         f"{result.images:,}", f"{result.top1:.2f}", f"{result.top5:.2f}", f"{result.loss:.4f}", f"{result.ece:.2f}"
     )
@@ -271,7 +286,7 @@ def export(
                 raise ValueError(f"{type(model).__name__} is not a network of the zoo; leave --optimized out")
             network = mz.optimize_for_inference(model, dense=int8)
         if data is not None:
-            train, test = (mz.data.load_images(data, split) for split in ("train", "test"))
+            train, test = (mz.data.read_split(data, split, model) for split in ("train", "test"))
             if len(test.classes) != model.num_classes:
                 raise ValueError(f"the data has {len(test.classes)} classes and the model {model.num_classes}")
             calibration = mz.onnx.calibration_images(train)
@@ -286,7 +301,7 @@ def export(
                 lines.append(f"top-1 on the {len(test):,} test images: int8 {top1:.2f} %, fp32 {fp32.top1:.2f} %")
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}; choose another file") from error
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, RuntimeError) as error:
         raise InputError(str(error)) from error
     click.echo("\n".join(lines))
 
@@ -306,7 +321,7 @@ def export(
 @click.option("--freeze", is_flag=True, help="Fit the classifier alone.")
 @click.option("--scratch", is_flag=True, help="Start from random weights, to compare.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @click.option("--force", is_flag=True, help="Replace what an earlier run wrote to --out.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: bool, **settings: Any) -> None:
@@ -319,8 +334,11 @@ def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: 
         with catalogue.progress_bar() as progress:
             chosen = finetuning.Settings(**settings)
             result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise InputError(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo(f"{out}: stopped before anything was learned", err=True)
+        sys.exit(130)
     if not result["finished"]:
         click.echo(f"{out}: stopped after {len(result['history'])} of {result['epochs']} epochs; go on with --resume")
         sys.exit(130)
@@ -393,13 +411,15 @@ def _check_name(name: str) -> None:
         return
     if model in names:
         raise InputError(f"{model} has no weight {tag!r}; its tags are {', '.join(_tags(model))}")
-    close = " or ".join(difflib.get_close_matches(model, names, 2))
+    matches = difflib.get_close_matches(model, names, 2) or [other for other in names if model and model in other]
+    close = " or ".join(matches[:2])
     hint = f"did you mean {close}?" if close else "see mobilenets-zoo list"
     raise InputError(f"there is no model {name!r}; {hint}")
 
 
 def _pretrained(name: str) -> Any:
     _check_name(name)
+    huggingface_hub.logging.set_verbosity_error()  # an error says what its retries would
     try:
         return timm.create_model(name, pretrained=True).eval()
     except Exception as error:

@@ -3,6 +3,7 @@
 import sys
 
 import mobilenets_zoo
+import mobilenets_zoo.finetuning
 
 # The API page calls everything by the name that users type.
 sys.modules |= {

@@ -1,23 +1,30 @@
-"""CIFAR-100 and CIFAR-10 as arrays, from Parquet files, a torchvision root or the Hugging Face Hub."""
+"""Images as arrays: CIFAR-100 and CIFAR-10 from Parquet files, a torchvision root or the Hub; folders; single files."""
 
 import hashlib
 import io
 import json
 import pickle
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_model_data_config
 
-__all__ = ["CIFAR100_CLASSES", "ImageSet", "load_images", "read_image"]
+__all__ = ["CIFAR100_CLASSES", "ImageSet", "load_images", "read_image", "read_split"]
 
 # What is decoded, and how much of it; Pillow would also call other programs for some formats.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 LARGE_SIDE = 1024
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+# What the folder of a split may be called, in small letters, best first.
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 
 # Hub id -> the column that holds the class.
 HUB_DATASETS = {"uoft-cs/cifar100": "fine_label", "uoft-cs/cifar10": "label"}
@@ -105,6 +112,55 @@ def load_images(source: str | Path, split: str) -> ImageSet:
     )
 
 
+def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any], Iterable[Any]] = iter) -> ImageSet:
+    """Reads a split into memory, resized and cropped as a model's configuration says.
+
+    Args:
+        source: what `load_images` takes, or a folder of images per class, with folders for training and testing above
+            them or not. Without test images a fifth of each class is held out for testing, always the same.
+        split: "train" or "test".
+        model: has timm's `pretrained_cfg`.
+        track: wraps what is read, to show progress.
+
+    Raises:
+        ValueError: no such data, or an image that can't be read.
+    """
+    root = Path(source)
+    parquet = root.is_file() or any(root.rglob("*.parquet"))
+    torchvision = any((root / name).is_dir() or root.name == name for name in TORCHVISION_DATASETS)
+    images: Any
+    if parquet or torchvision or str(source) in HUB_DATASETS or not root.is_dir():
+        divided = not parquet or any(root.rglob("test-*.parquet"))
+        data = load_images(source, split if divided else "train")
+        images, labels, classes = data.images, data.labels, data.classes
+    else:
+        parts = {path.name.lower(): path for path in _visible(root) if any(map(Path.is_dir, _visible(path)))}
+        found = {key: next((parts[name] for name in names if name in parts), None) for key, names in SPLITS.items()}
+        divided = None not in found.values()
+        folders = [path for path in _visible(found[split if divided else "train"] or root) if path.is_dir()]
+        files = [[path for path in _visible(folder, "**/*") if path.suffix.lower() in EXTENSIONS] for folder in folders]
+        if not all(files) or not files:
+            empty = folders[files.index([])] if files else root
+            raise ValueError(f"{empty}: holds no images; give a folder with a folder of images for each class")
+        images, classes = [path for paths in files for path in paths], tuple(folder.name for folder in folders)
+        labels = np.repeat(np.arange(len(files)), list(map(len, files)))
+    if not divided:
+        random, order = np.random.default_rng(0), np.arange(len(labels))
+        members = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+        held = np.concatenate([positions[: max(1, len(positions) // 5)] for positions in members])
+        chosen = np.sort(held) if split == "test" else np.setdiff1d(order, held)
+        images, labels = [images[position] for position in chosen], labels[chosen]
+    geometry = create_transform(**resolve_model_data_config(model), normalize=False)
+    opened = (read_image(image) if isinstance(image, Path) else Image.fromarray(image) for image in track(images))
+    pixels = [geometry(image).permute(1, 2, 0).numpy() for image in opened]
+    return ImageSet(np.stack(pixels), labels, classes)
+
+
+def _visible(folder: Path, pattern: str = "*") -> list[Path]:
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def _download(repo: str, split: str) -> list[Path]:
     from huggingface_hub import snapshot_download
 
@@ -166,18 +222,21 @@ def _class_names(metadata: Optional[dict[bytes, bytes]], label: str) -> tuple[st
     return tuple(map(str, document)) if isinstance(document, list) else ()
 
 
-def read_image(content: bytes, name: str) -> Image.Image:
+def read_image(content: bytes | str | Path, name: str = "") -> Image.Image:
     """Decodes an image for a classifier: RGB, turned upright, transparency on white, 16 bits scaled to 8.
 
     Images with more than `LARGE_SIDE` pixels on a side come back smaller.
 
     Args:
-        content: a file of one of `FORMATS`.
-        name: of the image, for error messages.
+        content: a file of one of `FORMATS`, or its path.
+        name: of the image, for error messages; by default the path.
 
     Raises:
         ValueError: not such a file, broken, or with more than `MAX_PIXELS` pixels.
+        OSError: there is no file at the path.
     """
+    if not isinstance(content, bytes):
+        content, name = Path(content).read_bytes(), name or str(content)
     image = _decode(content, name)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)  # greys of more than 8 bits; anything wider than 16 is clipped

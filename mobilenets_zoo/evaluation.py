@@ -53,6 +53,10 @@ def preprocess(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
     return (images.float() / scale - shift).permute(0, 3, 1, 2)
 
 
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -78,6 +82,9 @@ def evaluate(
     size = (getattr(model, "in_chans", cfg["input_size"][0]), *cfg["input_size"][1:])
     if size != (channels, height, width):
         raise ValueError(f"the model takes images of {size}, the data has {(channels, height, width)}")
+    names = tuple(map(str, cfg.get("label_names") or data.classes))
+    if len(names) == len(data.classes) and names != data.classes and not all(map(str.isdigit, data.classes)):
+        raise ValueError(f"the model's classes are {_some(names)}, the data's {_some(data.classes)}")
     mean, std = (per_channel(cfg[key], channels) for key in ("mean", "std"))
     weight = next(model.parameters())
     all_logits = []

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,26 +17,24 @@ from typing import Any, Optional
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from rich.progress import Progress
-from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.data import ImageSet
+from mobilenets_zoo.data import ImageSet, read_split
 from mobilenets_zoo.evaluation import evaluate, preprocess
 from mobilenets_zoo.files import atomic_write, write_json
 from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
 from mobilenets_zoo.pretrained import write_config
 
-__all__ = ["Run", "Settings", "create", "finetune", "read_data"]
+__all__ = ["Run", "Settings", "create", "finetune"]
 
 # After each epoch the accuracy is measured on so many of the test images; at the end on all of them.
 CHECKED_IMAGES = 1000
@@ -77,11 +75,11 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tunes a network and writes weights, configuration, ONNX file (where onnx is installed) and result.
 
-    A checkpoint follows each epoch. After the first one, KeyboardInterrupt ends the training, and what was learned so
-    far is written.
+    A checkpoint follows the classifier, and each epoch. After the first one, KeyboardInterrupt ends the training, and
+    what was learned so far is written.
 
-    `name` is what `timm.create_model` takes, `source` what `read_data` takes. `out` must be new or empty, unless
-    `force` (replace what an earlier run wrote) or `resume` (go on with an interrupted one).
+    `name` is what `timm.create_model` takes, `source` what `mz.data.read_split` takes. `out` must be new or empty,
+    unless `force` (replace what an earlier run wrote) or `resume` (go on with an interrupted one).
 
     Returns:
         What result.json holds; `finished` is False after an interruption.
@@ -93,30 +91,39 @@ def finetune(
     """
     if out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies in the folder of the images; choose another one for --out")
-    if out.exists() and not (force or resume) and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; choose another folder, --resume an interrupted run there, or --force")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    for leftover in out.glob(f".{checkpoint.name}.*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
+    if not (force or resume) and any(out.iterdir()):
+        raise ValueError(f"{out} exists; choose another folder, --resume an interrupted run there, or --force")
     torch.ones(1, device=device).cpu()  # raises where there is no such device
 
     start = time.perf_counter()
     model = create(name, settings)
-    train_set, test_set = read_data(source, model, partial(progress.track, description="read images"))
+    read = partial(progress.track, description="read images")
+    train_set, test_set = (read_split(source, split, model, read) for split in ("train", "test"))
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"{source}: training images are of {train_set.classes}, test images of {test_set.classes}")
+    if not 1 < len(train_set.classes) == len(np.unique(train_set.labels)):
+        raise ValueError(f"{source}: at least two classes with two images each are needed")
     run = Run(model.to(device), train_set, settings)
     key = {"network": name, "settings": asdict(settings), "images": [digest(part) for part in (train_set, test_set)]}
-    checkpoint = out / "checkpoint.pt"
     if resume:
         run.resume(checkpoint, key)
     else:
         checkpoint.unlink(missing_ok=True)  # what else is there stays until there is something to replace it
     checked = test_set.subset(np.random.default_rng(0).permutation(len(test_set))[:CHECKED_IMAGES])
-    finished = False
+    finished, plain = False, dict[str, Any](highlight=False, markup=False, soft_wrap=True)
     try:
         for line in run.train(progress, checked):
-            progress.console.print(line, highlight=False)
+            progress.console.print(line, **plain)
             run.save(checkpoint, key)
         finished = True
     except KeyboardInterrupt:
-        if not run.history:
+        if not checkpoint.exists():
             raise
     result: dict[str, Any] = {
         "model": name,
@@ -144,7 +151,7 @@ def finetune(
             network = mz.optimize_for_inference(stored) if isinstance(stored, MobileNetBase) else stored
             mz.export_onnx(network, out / "model.onnx", preprocessing=True)
         except (ImportError, ValueError, RuntimeError) as error:  # somebody else's network may not be exportable
-            progress.console.print(f"model.onnx isn't written: {error}", highlight=False)
+            progress.console.print(f"model.onnx isn't written: {error}", **plain)
     return result
 
 
@@ -152,7 +159,8 @@ def create(name: str, settings: Settings) -> Any:
     """Returns the network to start from, still with its own classes.
 
     Raises:
-        ValueError: it doesn't take colour images, or somebody else's folder can't be loaded.
+        ValueError: it doesn't take colour images, its classifier isn't one linear layer, or somebody else's folder
+            can't be loaded.
     """
     torch.manual_seed(settings.seed)
     try:
@@ -164,63 +172,14 @@ def create(name: str, settings: Settings) -> Any:
     channels, height, width = model.pretrained_cfg["input_size"]
     if channels != 3:
         raise ValueError(f"{name} takes images of {channels} channel(s); give a network for colour images")
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear) or classifier.bias is None:
+        raise ValueError(f"{name}: its classifier isn't one linear layer with a bias; give another network")
     size = (3, settings.size or height, settings.size or width)
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size, tag="finetuned")
     for layer in mz.learned_layers(model).values():  # a finished mask stays as it is
         layer.prune_(layer.in_channels // layer.condense_factor)
     return model if settings.scratch else normalise_(model)
-
-
-def read_data(source: str, model: Any, track: Callable[[Any], Iterable[Any]] = iter) -> tuple[ImageSet, ImageSet]:
-    """Reads images to train and to measure with, resized and cropped as the model's configuration says.
-
-    `source` is a folder of images per class, with train/ and test/ (or val/, valid/, validation/) above them or not, or
-    a folder of Parquet files, or one such file, as `mz.data.load_images` reads them. Without test images a fifth of
-    each class is held out, always the same. `track` wraps what is read, to show progress.
-
-    Returns:
-        Training and test images, uint8 (N, height, width, 3).
-
-    Raises:
-        ValueError: no such data, too few classes or images, or an image that can't be read.
-    """
-    geometry = create_transform(**resolve_model_data_config(model), normalize=False)
-    root, sets = Path(source), []
-
-    def add(images: Iterable[Image.Image], labels: Any, classes: Iterable[str]) -> None:
-        pixels = [geometry(image).permute(1, 2, 0).numpy() for image in images]
-        sets.append(ImageSet(np.stack(pixels), np.asarray(labels), tuple(classes)))
-
-    names = {path.name for path in root.glob("*") if path.is_dir()}
-    splits = ["train", *(name for name in ("test", "val", "valid", "validation") if name in names)][:2]
-    divided = any(path.is_dir() for path in root.glob("train/*"))  # or "train" is a class
-    parquet = [split for split in ("train", "test") if any(root.rglob(f"{split}-*.parquet"))]
-    if parquet := ["train"] if root.is_file() else parquet:
-        for split in parquet:
-            data = mz.data.load_images(source, split)
-            add(map(Image.fromarray, track(data.images)), data.labels, data.classes)
-    else:
-        for part in splits if divided else [""]:
-            try:
-                folder = ImageFolder(str(root / part))
-            except FileNotFoundError as error:
-                raise ValueError(f"{error}; give a folder with a folder of images for each class") from error
-            add(
-                (mz.data.read_image(Path(path).read_bytes(), path) for path, _ in track(folder.samples)),
-                folder.targets,
-                folder.classes,
-            )
-    if len(sets) == 1:
-        random, labels = np.random.default_rng(0), sets[0].labels
-        members = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-        held = np.concatenate([positions[: max(1, len(positions) // 5)] for positions in members])
-        sets = [sets[0].subset(np.setdiff1d(np.arange(len(labels)), held)), sets[0].subset(held)]
-    train_set, test_set = sets
-    if train_set.classes != test_set.classes:
-        raise ValueError(f"{source}: training images are of {train_set.classes}, test images of {test_set.classes}")
-    if not 1 < len(train_set.classes) == len(np.unique(train_set.labels)):
-        raise ValueError(f"{source}: at least two classes with two images each are needed")
-    return train_set, test_set
 
 
 def digest(images: ImageSet) -> str:
@@ -249,6 +208,7 @@ class Run:
             self.average = ModelEmaV3(model, decay=0.99, use_warmup=True, warmup_power=0.75)
         else:
             self.average = ModelEmaV3(model, decay=START_SHARE ** (1 / max(1, self.epochs * self.steps)))
+        self.fitted = settings.scratch and not settings.freeze  # a classifier of random features says nothing
         self.history: list[dict[str, float]] = []  # of the finished epochs
         side = self.images.shape[2:]
         flip = v2.RandomHorizontalFlip(0.5 if settings.flip else 0.0)
@@ -294,9 +254,14 @@ class Run:
         self.average.set(self.model)
 
     def train(self, progress: Progress, checked: Optional[ImageSet] = None) -> Iterator[str]:
-        """Trains to the end; yields a line on each epoch, with the accuracy on the images `checked`."""
-        if not self.history and (self.settings.freeze or not self.settings.scratch):
+        """Trains to the end; yields a line on each part, with the average's accuracy on the images `checked`."""
+        if not self.fitted:
             self.fit_classifier()
+            self.fitted = True
+            text = "classifier fitted"
+            if checked is not None:
+                text += f": held-out images {evaluate(self.average.module, checked).top1:.1f} %"
+            yield text
         while len(self.history) < self.epochs:
             yield self.epoch(progress, checked)
 
@@ -318,7 +283,7 @@ class Run:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            self.average.update(self.model, step + 1)
+            self.average.update(self.model, step + 1 if self.settings.scratch else None)  # timm's first step forgets
             seen += len(chosen)
             loss_sum += loss.item() * len(chosen)
             correct += (logits.argmax(1) == labels).sum().item()
@@ -349,7 +314,7 @@ class Run:
             different = [name for name in key if state["key"][name] != key[name]]
             for name in [] if different else PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.history = state["history"]
+            self.history, self.fitted = state["history"], True
         except Exception as error:  # of many kinds, by what is damaged
             raise ValueError(f"{checkpoint} can't be read ({error}); start anew with --force") from error
         if different:

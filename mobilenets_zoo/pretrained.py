@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -317,8 +318,10 @@ def write_config(model: nn.Module, path: Union[str, Path]) -> None:
         path: the file.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    save_config_for_hf(model, path, model_config={"label_names": list(cfg["label_names"])})
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "config.json"
+        save_config_for_hf(model, file, model_config={"label_names": list(cfg["label_names"])})
+        config = json.loads(file.read_text(encoding="utf-8"))
     # timm (since 1.0.31) records every argument; transformers' wrapper passes the number of classes a second time. The
     # file is condensed, and a loader without timm's checkpoint filter needs a model of that form.
     recorded = config.get("model_args", {}).items()

@@ -78,7 +78,7 @@ def test_list_shows_whole_names_at_any_width(run, monkeypatch, width, columns):
 
 
 def test_info_cuts_nothing_and_lists_all_tags(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(cli, "_console", lambda: Console(width=30))
     _, out, _ = run("info", "mobilenetv2_t1_cifar100")
     entry = pretrained.default_entry("mobilenetv2_t1_cifar100")
     assert entry.sha256 in out
@@ -144,6 +144,7 @@ def test_python_m_runs_the_command(monkeypatch, capsys):
     [
         (["info", "resnet18"], "no model 'resnet18'; see mobilenets-zoo list"),
         (["info", "mobilenetv2_t1_cifar10"], "did you mean mobilenetv2_t1_cifar100 or mobilenetv2_"),
+        (["info", "v1_w025"], "did you mean mobilenetv1_w025_cifar100?"),
         (["info"], "Missing argument"),
         (["nonsense"], "No such command"),
         (["predict"], "give an image file, or --demo"),
@@ -152,7 +153,7 @@ def test_python_m_runs_the_command(monkeypatch, capsys):
         (["evaluate", ENTRY.model], "--data"),
         (["evaluate", ENTRY.model, "--data", "/no/such/folder"], "no such folder"),
         (["evaluate", ENTRY.model, "--data", ".", "--device", "nonsense"], "nonsense"),
-        (["evaluate", ENTRY.model, "--data", ".", "--device", "meta"], "holds no values"),
+        (["evaluate", ENTRY.model, "--data", ".", "--device", "meta"], "the device meta can't be used"),
         (["evaluate", "mobilenetv1_w025_cifar100", "--data", ".", "--condensed"], "leave --condensed out"),
         (["evaluate", "mobilenetv2_t1_cifar100.nope", "--data", "."], "tags are kd_cutmix_e90_r32, sgd_e24_r32"),
         (["info", "local-dir:/no/such/folder"], "Config file not found"),
@@ -195,6 +196,16 @@ finally:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert {"--version": mz.__version__, "--help": "finetune"}[option] in result.stdout
+
+
+def test_a_network_for_grey_images_is_refused(run, photo, tmp_path):
+    grey = timm.create_model("mobilenetv1_w025_cifar100", in_chans=1)
+    grey.pretrained_cfg = dict(grey.pretrained_cfg, input_size=(1, 32, 32))
+    mz.save_weights(grey, tmp_path / "model.safetensors")
+    pretrained.write_config(grey, str(tmp_path / "config.json"))
+    code, _, err = run("predict", photo, "--model", f"local-dir:{tmp_path}")
+    assert code == 2
+    assert "takes images of 1 channel(s)" in one_line_error(err)
 
 
 def test_a_model_without_weights_is_one_line(run, photo, monkeypatch):

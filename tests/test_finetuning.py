@@ -61,6 +61,11 @@ def finetune(folder, out, name=W025, progress=None, resume=False, **settings):
         return finetuning.finetune(name, str(folder), out, Settings(**settings), shown, resume=resume)
 
 
+def read(folder, model=None):
+    model = model or finetuning.create(W025, Settings(scratch=True, size=16))
+    return [mz.data.read_split(str(folder), split, model) for split in ("train", "test")]
+
+
 def test_the_command_writes_what_the_library_reads(folder, tmp_path, run):
     out = tmp_path / "out"
     code, text, err = run("finetune", W025, "--data", folder, "--out", out, "--epochs", 2, "--batch-size", 5)
@@ -112,7 +117,7 @@ def test_photos_reach_the_network_as_everywhere_else(tmp_path):
     grey = np.linspace(0, 65535, 60 * 40).reshape(60, 40).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "b" / "grey.png")
     model = finetuning.create(W025, Settings(size=24)).eval()
-    train, test = finetuning.read_data(str(tmp_path), model)
+    train, test = read(tmp_path, model)
     transform = create_transform(**resolve_model_data_config(model))
     expected = torch.stack([transform(mz.data.read_image(f.read_bytes(), "")) for f in tmp_path.glob("?/*")])
     cfg, images = model.pretrained_cfg, torch.from_numpy(np.concatenate([train.images, test.images]))
@@ -123,10 +128,12 @@ def test_photos_reach_the_network_as_everywhere_else(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folders", "parquet"])
-@pytest.mark.parametrize("parts", [("",), ("train",), ("train", "test"), ("train", "val"), ("train", "valid", "more")])
+@pytest.mark.parametrize(
+    "parts", [("",), ("train",), ("train", "test"), ("Training", "val"), ("train", "Valid", "more")]
+)
 def test_layouts_of_the_data(tmp_path, kind, parts):
     for part in parts:
-        count = 5 if part in ("", "train") else 3
+        count = 5 if part in ("", "train", "Training") else 3
         make_folder(tmp_path / part, count)
         if kind == "parquet":
             files = sorted((tmp_path / part).glob("*/*.png"))
@@ -134,14 +141,13 @@ def test_layouts_of_the_data(tmp_path, kind, parts):
             table = pa.table({"img": images, "label": [0] * count + [1] * count})
             shutil.rmtree(tmp_path / part)
             tmp_path.mkdir(exist_ok=True)
-            split = "train" if part in ("", "train") else "test"
+            split = "train" if part in ("", "train", "Training") else "test"
             if part != "more":
                 pq.write_table(table, tmp_path / f"{split}-0.parquet")
-    train, test = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
+    train, test = read(tmp_path)
     assert (len(train), len(test)) == ((10, 6) if len(parts) > 1 else (8, 2))
     if kind == "parquet" and parts == ("train",):
-        one = finetuning.read_data(str(tmp_path / "train-0.parquet"), finetuning.create(W025, Settings(scratch=True)))
-        assert [len(part) for part in one] == [8, 2]
+        assert [len(part) for part in read(tmp_path / "train-0.parquet")] == [8, 2]
     assert train.images.shape[1:] == (16, 16, 3)
     assert set(test.labels) == {0, 1}
     for part in (train, test):
@@ -153,8 +159,22 @@ def test_layouts_of_the_data(tmp_path, kind, parts):
 def test_train_may_be_a_class(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "red").rename(tmp_path / "train")
-    train, _ = finetuning.read_data(str(tmp_path), finetuning.create(W025, Settings(scratch=True, size=16)))
+    train, _ = read(tmp_path)
     assert train.classes == ("blue", "train")
+
+
+def test_every_format_is_read_and_nothing_hidden(folder):
+    picture(0, 7).save(folder / "blue" / "more.GIF", format="gif")
+    picture(0, 8).save(folder / "blue" / ".hidden.png")
+    (folder / "blue" / "notes.txt").write_text("not an image")
+    (folder / ".thumbnails").mkdir()
+    picture(0, 9).save(folder / ".thumbnails" / "0.png")
+    train, test = read(folder)
+    assert (train.classes, len(train) + len(test)) == (("blue", "red"), 13)
+    shutil.rmtree(folder / "red")
+    (folder / "red").mkdir()
+    with pytest.raises(ValueError, match="red: holds no images"):
+        read(folder)
 
 
 @pytest.mark.parametrize("scratch", [False, True])
@@ -184,20 +204,24 @@ def test_only_a_pretrained_start_takes_smaller_steps_near_the_input():
 
 
 class Interrupting(Progress):
-    """Presses Ctrl-C in the second epoch."""
+    """Presses Ctrl-C in the second epoch, or another."""
+
+    epoch = 2
 
     def update(self, task, *, description=None, **kwargs):
         super().update(task, description=description, **kwargs)
-        if description and description.startswith("epoch 2"):
+        if description and description.startswith(f"epoch {self.epoch}"):
             raise KeyboardInterrupt
 
 
-def test_interrupted_and_resumed_is_as_if_never_interrupted(folder, tmp_path, without_onnx):
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_interrupted_and_resumed_is_as_if_never_interrupted(folder, tmp_path, without_onnx, monkeypatch, epoch):
+    monkeypatch.setattr(Interrupting, "epoch", epoch)
     settings = dict(epochs=3, batch_size=4)
     finetune(folder, tmp_path / "whole", **settings)
     out = tmp_path / "out"
     stopped = finetune(folder, out, progress=Interrupting(console=Console(quiet=True)), **settings)
-    assert (stopped["finished"], len(stopped["history"])) == (False, 1)
+    assert (stopped["finished"], len(stopped["history"])) == (False, epoch - 1)
     timm.create_model(f"local-dir:{out}", pretrained=True)
     with pytest.raises(ValueError, match="a run with other settings"):
         finetune(folder, out, resume=True, **settings, lr=0.01)
@@ -257,13 +281,13 @@ def test_other_labels_are_another_run(folder, tmp_path, without_onnx):
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
 def test_the_result_stays_where_a_network_cannot_be_exported(folder, tmp_path, run, monkeypatch, error):
     def fail(*args, **kwargs):
-        raise error("can't be exported")
+        raise error("can't be exported; run pip install 'mobilenets-zoo[onnx]'")
 
     monkeypatch.setattr(mz, "export_onnx", fail)
     out = tmp_path / "out"
     code, text, err = run("finetune", W025, "--data", folder, "--out", out, "--freeze")
     assert code == 0
-    assert "model.onnx isn't written: can't be exported" in err
+    assert "model.onnx isn't written: can't be exported; run pip install 'mobilenets-zoo[onnx]'" in err
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "result.json"}
     assert f"{json.loads((out / 'result.json').read_text())['evaluation']['top1']:.1f} %" in text
 
@@ -297,6 +321,57 @@ def test_any_timm_network_is_tuned_and_an_unfinished_one_is_exported(folder, tmp
     assert {row["class"] for row in document["images"][0]["predictions"]} == {"red", "blue"}
 
 
+def test_what_was_trained_with_is_what_is_measured_with(tmp_path, run, monkeypatch):
+    """A folder that holds none of CIFAR's files, at another size, with names that rich would take for markup."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    make_folder(photos)
+    (photos / "red").rename(photos / "red[b]")
+    code, text, err = run("finetune", W025, "--data", photos, "--out", out, "--freeze", "--size", 24)
+    assert code == 0, err
+    code, measured, err = run("evaluate", f"local-dir:{out}", "--data", photos, "--json")
+    assert code == 0, err
+    assert f"top-1 {json.loads(measured)['top1']:.1f} % of {json.loads(measured)['images']} held-out" in text
+    code, text, err = run("export", f"local-dir:{out}", tmp_path / "model.onnx", "--int8", "--data", photos)
+    assert code == 0, err
+    assert "on the 2 test images" in text
+    picture(1, 99).save(tmp_path / "red.png")
+    assert "red[b]" in run("predict", tmp_path / "red.png", "--model", f"local-dir:{out}")[1]
+    (photos / "red[b]").rename(photos / "zed")
+    code, _, err = run("evaluate", f"local-dir:{out}", "--data", photos)
+    assert code == 2
+    assert "the model's classes are blue, red[b], the data's blue, zed" in err
+
+
+def test_the_average_holds_its_share_of_the_start(folder):
+    """After a single step, too, whose average timm would take for the weights themselves."""
+    train, _ = read(folder)
+    for batch_size in (2, 10):
+        run = finetuning.Run(finetuning.create(W025, Settings()), train, Settings(epochs=1, batch_size=batch_size))
+        run.model.eval()
+        key = "stem.conv.weight"
+        start = run.model.state_dict()[key].clone()
+        with Progress(console=Console(quiet=True)) as progress:
+            run.epoch(progress, None)
+        last, average = run.model.state_dict()[key], run.average.module.state_dict()[key]
+        if run.steps == 1:
+            torch.testing.assert_close(average, finetuning.START_SHARE * start + (1 - finetuning.START_SHARE) * last)
+        assert (average - start).norm() < (last - start).norm()
+
+
+def test_a_killed_writer_leaves_nothing_that_stands_in_the_way(folder, tmp_path, without_onnx):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".checkpoint.pt.0123456789abcdef.tmp").write_bytes(b"half")
+    assert finetune(folder, out, freeze=True)["finished"]
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "result.json"}
+
+
+def test_a_network_with_another_classifier_is_refused(tmp_path):
+    timm.models.save_for_hf(timm.create_model("resnetv2_18", num_classes=3), tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match="isn't one linear layer"):
+        finetuning.create(f"local-dir:{tmp_path}", Settings())
+
+
 def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):
     out = tmp_path / "out"
     original, before = finetuning.evaluate, signal.getsignal(signal.SIGTERM)
@@ -319,6 +394,7 @@ def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):
         (["--data", "images/red"], "folder of images for each class"),
         (["--out", "images/out"], "lies in the folder of the images"),
         (["--out", "full"], "full exists; choose another folder"),
+        (["--out", "full/mine.txt", "--force"], "mine.txt is a file"),
         (["--out", "full", "--resume"], "no such checkpoint"),
         (["--epochs", "0"], "--epochs"),
         (["--batch-size", "0"], "--batch-size"),

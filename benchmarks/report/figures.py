@@ -181,7 +181,7 @@ def draw_finetuning(figure: Any, data: Any) -> None:
 
 
 def finetuning() -> list[dict[str, Any]]:
-    """Returns the mean accuracy over images a class of every network and method, where there are several numbers."""
+    """Returns the mean accuracy over images a class of every network and method."""
     return [
         {"data": data, "model": model, "method": method, "images": counts, "top1": [np.mean(cells[n]) for n in counts]}
         for data in ("cifar10", "cifar100-coarse")
