@@ -45,7 +45,7 @@ def generated() -> dict[Path, str]:
         docs / "training.md": {"teacher": teacher_table(), "experiments": experiments_table()},
         docs / "condensing.md": {"latency-summary": summary_table()},
         docs / "finetuning.md": {
-            "worth": finetuning_table("cifar10", "photos"),
+            "worth": finetuning_table("cifar10", "photos", timed=100),
             "worth-more": finetuning_table("cifar100-coarse", "digits"),
             "trials": trials_table(),
         },

@@ -22,8 +22,11 @@ def results(data: str) -> dict[tuple[str, str], dict[int, list[float]]]:
     return found
 
 
-def finetuning_table(*sets: str) -> str:
-    """Returns a row for each network and method and a column for each data set and number of images a class."""
+def finetuning_table(*sets: str, timed: int = 0) -> str:
+    """Returns a row for each network and method and a column for each data set and number of images a class.
+
+    With `timed`, the last column is the median of the first set's seconds with so many images a class.
+    """
     found = {data: cells for data in sets if (cells := results(data))}
     counts = {data: sorted({count for by in cells.values() for count in by}) for data, cells in found.items()}
     columns = [(data, count) for data in found for count in counts[data]]
@@ -32,9 +35,16 @@ def finetuning_table(*sets: str) -> str:
         for method in METHODS:
             scores = [found[data].get((model, method), {}).get(count, []) for data, count in columns]
             if any(scores):
-                rows.append([_short(model), method, *map(_cell, scores)])
+                seconds = [_seconds(sets[0], model, method, timed)] if timed else []
+                rows.append([_short(model), method, *map(_cell, scores), *seconds])
     header = [f"{DATA[data]}: {count:,}" if count == counts[data][0] else f"{count:,}" for data, count in columns]
-    return markdown(["network", "", *header], rows, left=2)
+    return markdown(["network", "", *header, *([f"seconds ({timed})"] if timed else [])], rows, left=2)
+
+
+def _seconds(data: str, model: str, method: str, per_class: int) -> str:
+    key = {"data": data, "model": model, "method": method, "per_class": str(per_class)}
+    found = [float(row["seconds"]) for row in read_csv(RESULTS) if key.items() <= row.items()]
+    return f"{statistics.median(found):.0f}" if found else "-"
 
 
 def _short(model: str) -> str:

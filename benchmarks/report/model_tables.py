@@ -76,9 +76,13 @@ def models_table(rows: dict[str, dict[str, Any]]) -> str:
         top1 = f"{weights[name].top1:.2f}" if name in weights else "-"
         original = f"{ORIGINAL_TOP1[name]:.2f}" if name in ORIGINAL_TOP1 else "-"
         table.append([f"`{name}`", *_costs(row), top1, original, str(measured_runs(name, row["params"]))])
+    return _with_source(markdown(["model", *COSTS, "top-1 (%)", "original (%)", "runs"], table))
+
+
+def _with_source(table: str) -> str:
+    """Adds a line on where milliseconds come from."""
     env = latency()["environment"]
-    source = f"ms: {env['device']}, ONNX Runtime {env['onnxruntime']}."
-    return f"{markdown(['model', *COSTS, 'top-1 (%)', 'original (%)', 'runs'], table)}\n\n{source}"
+    return f"{table}\n\nms: {env['device']}, ONNX Runtime {env['onnxruntime']}."
 
 
 @functools.cache
@@ -137,4 +141,4 @@ def family_table(costs: dict[str, dict[str, Any]]) -> str:
         rows.append((macs, [label, *_costs(cost), " and ".join(tops), "-", "-"]))
     rows.sort(key=lambda row: (row[1][0] != f"`{PARENT}`", row[0]))
     header = ["model", *COSTS, "after 5 epochs (%)", "weight: epochs", "top-1 (%)"]
-    return markdown(header, [row for _, row in rows])
+    return _with_source(markdown(header, [row for _, row in rows]))
