@@ -11,8 +11,7 @@ Forms:
 - plain: the network as it trains, BatchNorm unfused in eager PyTorch; masked layers compute like dense ones;
 - textbook: a gather, a grouped convolution and a channel shuffle per learned layer, as CondenseNet deploys it;
 - condensed: what mz.condense makes, without the shuffle;
-- optimized: what mz.optimize_for_inference makes (int8: with dense=True);
-- compiled: the optimized network through torch.compile, in eager PyTorch's cells, for the models of --compile.
+- optimized: what mz.optimize_for_inference makes (int8: with dense=True).
 
 "gc without shuffles" is mobilenetv2_gc_cifar100 as it would be if groups needed no mixing at all: what grouped
 convolutions alone can give, the limit for every learned form that is as small. "mobilenetv2_cifar100, width_mult=0.55"
@@ -92,8 +91,6 @@ class Form:
 
     def __post_init__(self) -> None:
         self.cost = mz.profile(self.network)
-        if self.form == "compiled":
-            self.network = torch.compile(self.network)  # type: ignore[assignment]
 
     def fits(self, cell: Cell) -> bool:
         return self.precision == cell.precision and (cell.runtime == "eager" or self.path is not None)
@@ -153,7 +150,7 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def model_forms(name: str, compiled: bool = False) -> Iterable[Form]:
+def model_forms(name: str) -> Iterable[Form]:
     """Yields the forms of a model with its default weights, and what is compared with it; of a peer, itself."""
     if name in PEERS:
         yield Form(name, "plain", None, with_random_biases(PEERS[name]()))
@@ -167,8 +164,6 @@ def model_forms(name: str, compiled: bool = False) -> Iterable[Form]:
         yield Form(name, "textbook", weight, replaced(condensed, mz.CondensedConv2d, Textbook))
         yield Form(name, "condensed", weight, condensed)
     yield Form(name, "optimized", weight, optimized)
-    if compiled:
-        yield Form(name, "compiled", weight, copy.deepcopy(optimized))
     yield Form(name, "plain", weight, model, "int8")
     yield Form(name, "optimized", weight, mz.optimize_for_inference(model, dense=True), "int8")
     if name == "mobilenetv2_gc_cifar100":
@@ -237,19 +232,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="result file; the times are printed in any case")
     parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
-    parser.add_argument("--compile", nargs="+", default=[], choices=shipped, metavar="NAME", help="models to compile")
     parser.add_argument("--seconds", type=float, default=0.4, help="time per form and cell")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     random.seed(0)
     torch.set_num_threads(1)
     env = environment() | {"onnxruntime": onnxruntime.__version__}
-    forms = [form for name in args.models for form in model_forms(name, name in args.compile)]
+    forms = [form for name in args.models for form in model_forms(name)]
     with tempfile.TemporaryDirectory() as folder:
         rows = time_cells(forms, EAGER_CELLS, args.seconds)
         export_all(args.models, Path(folder))
         for form in forms:
-            form.path = Path(folder, form.file) if form.form != "compiled" else None
+            form.path = Path(folder, form.file)
         rows += time_cells(forms, ORT_CELLS, args.seconds)
     if args.out:
         lines = ",\n".join(map(json.dumps, rows))  # a row per line keeps differences between runs readable

@@ -1,7 +1,7 @@
 """Networks rewritten for inference: equal outputs, less time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Optional
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mobilenets_zoo.inference.rewrites import (
     Convolution,
+    HiddenLayers,
     as_convolution,
     fill_registers,
     fold_batchnorm,
@@ -21,7 +22,7 @@ from mobilenets_zoo.inference.rewrites import (
 from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent, condense, learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d
 from mobilenets_zoo.models._base import ConvBn, MobileNetBase
-from mobilenets_zoo.models.mobilenetv1 import DepthwiseSeparableBlock
+from mobilenets_zoo.models.mobilenetv1 import MobileNetV1
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 __all__ = ["FoldedConv2d", "OptimizedNetwork", "optimize_for_inference"]
@@ -53,7 +54,7 @@ class FoldedConv2d(nn.Conv2d):
 class OptimizedBlock(nn.Module):
     """A sequence of folded convolutions with an optional shortcut around it."""
 
-    def __init__(self, layers: list[nn.Module], shortcut: Optional[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module], shortcut: Optional[nn.Module]):
         super().__init__()
         self.layers = nn.Sequential(*layers)
         self.shortcut = shortcut
@@ -95,8 +96,9 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     """Returns a new, eval-only network with equal outputs that runs faster.
 
     Learned group convolutions are condensed, BatchNorm is folded, groups too narrow for fast kernels are merged or
-    spread over all inputs, and hidden channels that nothing reads are removed (`rewrites.py`). `model` stays as it
-    was. `torch.compile` of the result fuses what eager PyTorch computes one by one.
+    spread over all inputs, and hidden channels are removed that nothing reads or that are zero for every input
+    (`rewrites.py`). `model` stays as it was. `torch.compile` of the result fuses what eager PyTorch computes one by
+    one.
 
     Args:
         model: a network of the zoo, masked or condensed.
@@ -115,12 +117,16 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     source = (source if dtype == torch.float64 else source.float()).eval()  # half precision would round twice
     assert isinstance(source, MobileNetBase)
     assert isinstance(source.stem, ConvBn)
-    stem = _folded(source.stem)
-    blocks = nn.Sequential()
-    for block in (block for row in source.blocks for block in row):  # type: ignore[attr-defined]
-        blocks.append(_optimize_block(block, spread_over_inputs if dense else fill_registers))
-    head_conv = _folded(source.head_conv) if isinstance(source.head_conv, ConvBn) else nn.Identity()
-    network = OptimizedNetwork(stem, blocks, head_conv, source)
+    parts = [block for row in source.blocks for block in row]  # type: ignore[attr-defined]
+    if isinstance(source, MobileNetV1):
+        stem, blocks = _optimize_separable([source.stem, *(layer for block in parts for layer in block)])
+    else:
+        stem = FoldedConv2d(fold_batchnorm(source.stem), act=True)
+        blocks = [_optimize_bottleneck(block, spread_over_inputs if dense else fill_registers) for block in parts]
+    head_conv: nn.Module = nn.Identity()
+    if isinstance(source.head_conv, ConvBn):
+        head_conv = FoldedConv2d(fold_batchnorm(source.head_conv), act=True)
+    network = OptimizedNetwork(stem, nn.Sequential(*blocks), head_conv, source)
 
     weight = stem.weight
     if not weight.is_meta:
@@ -130,15 +136,18 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     return network.to(dtype)
 
 
-def _folded(layer: ConvBn) -> FoldedConv2d:
-    return FoldedConv2d(fold_batchnorm(layer), isinstance(layer.bn.act, nn.ReLU6))
+def _optimize_separable(layers: list[ConvBn]) -> tuple[FoldedConv2d, list[OptimizedBlock]]:
+    """Rewrites MobileNetV1's layers, which are dense but where `to_learned_group_conv` made others of them."""
+    folded = [fold_batchnorm(layer) for layer in layers]
+    for i in range(1, len(folded), 2):
+        hidden = remove_dead_hidden(HiddenLayers(*folded[i - 1 : i + 2]))
+        folded[i - 1 : i + 2] = hidden.expansion, hidden.depthwise, hidden.projection
+    stem, *rest = (FoldedConv2d(layer, act=True) for layer in folded)
+    return stem, [OptimizedBlock(rest[i : i + 2], None) for i in range(0, len(rest), 2)]
 
 
-def _optimize_block(block: nn.Module, fit: Callable[[Convolution, int], Convolution]) -> OptimizedBlock:
-    """Rewrites a block; `fit` gives a 1x1 convolution its form."""
-    if isinstance(block, DepthwiseSeparableBlock):
-        return OptimizedBlock([_folded(block.depthwise), _folded(block.pointwise)], None)
-    assert isinstance(block, Bottleneck)
+def _optimize_bottleneck(block: Bottleneck, fit: Callable[[Convolution, int], Convolution]) -> OptimizedBlock:
+    """Rewrites a bottleneck; `fit` gives a 1x1 convolution its form."""
     conv = block.expansion.conv
     assert isinstance(conv, nn.Conv2d | CondensedConv2d)
     layers = hidden_layers(block)

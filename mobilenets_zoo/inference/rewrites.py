@@ -1,7 +1,8 @@
 """Exact rewrites of a bottleneck for inference: functions on its three convolutions.
 
 `optimize.py` puts them in order: BatchNorm is folded, a channel shuffle becomes the order in which the projection
-reads, groups fill registers, and hidden channels that nothing reads go.
+reads, groups fill registers, and hidden channels go that nothing reads or that are always zero. In MobileNetV1 the
+channels between two pointwise convolutions are the hidden ones.
 """
 
 import math
@@ -70,7 +71,7 @@ def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolutio
 
 @dataclass(frozen=True)
 class HiddenLayers:
-    """The three convolutions of a bottleneck; the expansion's outputs are the hidden channels."""
+    """Three convolutions, a ReLU6 behind the first and the second; the first one's outputs are the hidden channels."""
 
     expansion: Convolution
     depthwise: Convolution
@@ -138,32 +139,52 @@ def fill_registers(convolution: Convolution, in_channels: int) -> Convolution:
     return spread_over_inputs(convolution, in_channels)
 
 
-def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
-    """Leaves out hidden channels that no group of the projection reads.
+def always_zero(depthwise: Convolution) -> torch.Tensor:
+    """Returns which channels of a depthwise layer between two ReLU6 are zero for every input, bool (channels,).
 
-    The expansion's groups stay equally large, and all together, or each where the expansion is blocked, a multiple of
-    `SIMD_CHANNELS`: a group with more dead channels than the others keeps some of them.
+    Inputs lie between 0 and 6, as padding does: nothing gives more than 6 wherever the weight is positive.
     """
-    index = layers.projection.index
-    if index is None:
+    return depthwise.bias + 6.0 * depthwise.weight.clamp_min(0.0).flatten(1).sum(1) <= 0.0
+
+
+def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
+    """Leaves out hidden channels that no group of the projection reads, or that are always zero.
+
+    Groups stay equally large, and all together, or each where the expansion is blocked, a multiple of `SIMD_CHANNELS`:
+    a group with more dead channels than the others keeps some of them.
+    """
+    expansion, depthwise, projection = layers.expansion, layers.depthwise, layers.projection
+    index, device, hidden = projection.index, expansion.weight.device, len(expansion.weight)
+    if expansion.weight.is_meta:
         return layers
-    groups, hidden = layers.expansion.groups, len(layers.expansion.weight)
+    alive, groups = ~always_zero(depthwise), expansion.groups
+    if index is not None:
+        alive &= torch.zeros_like(alive).index_fill_(0, index, True)
+    else:  # the projection's groups divide the channels, too
+        groups = max(groups, projection.groups)
     size = hidden // groups
-    alive = torch.zeros(hidden, dtype=torch.bool, device=index.device).index_fill_(0, index, True).reshape(groups, size)
-    most = int(alive.sum(1).max())
-    multiple = SIMD_CHANNELS // (1 if _is_blocked(layers.expansion) else math.gcd(SIMD_CHANNELS, groups))
-    keep = min(size, -(-most // multiple) * multiple)
+    alive = alive.reshape(groups, size)
+    multiple = SIMD_CHANNELS // (1 if _is_blocked(expansion) else math.gcd(SIMD_CHANNELS, groups))
+    keep = min(size, max(1, -(-int(alive.sum(1).max()) // multiple)) * multiple)
     if keep == size:
         return layers
     # Living channels first, in their order; the sort is stable.
     chosen = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
-    order = (chosen + size * torch.arange(groups, device=index.device)[:, None]).flatten()
-    position = torch.full((hidden,), -1, device=index.device).index_put_((order,), torch.arange(len(order)).to(index))
-    expansion, depthwise = layers.expansion, layers.depthwise
+    order = (chosen + size * torch.arange(groups, device=device)[:, None]).flatten()
+    if index is None:
+        rows = projection.weight.flatten(1).unflatten(0, (projection.groups, -1))
+        columns = order.reshape(projection.groups, -1) % rows.shape[2]
+        weight = rows.gather(2, columns[:, None].expand(-1, rows.shape[1], -1)).flatten(0, 1)[:, :, None, None]
+    else:  # what reads a channel that is always zero reads another one, times zero
+        position = torch.full((hidden,), -1, device=device).index_put_((order,), torch.arange(len(order)).to(index))
+        index = position[index]
+        rows = projection.weight.unflatten(0, (projection.groups, -1))
+        weight = (rows * (index >= 0).reshape(projection.groups, 1, -1, 1, 1)).flatten(0, 1)
+        index = index.clamp_min(0)
     return HiddenLayers(
         expansion=replace(expansion, weight=expansion.weight[order], bias=expansion.bias[order]),
         depthwise=replace(depthwise, weight=depthwise.weight[order], bias=depthwise.bias[order], groups=len(order)),
-        projection=replace(layers.projection, index=position[index]),
+        projection=replace(projection, weight=weight, index=index),
     )
 
 
