@@ -85,6 +85,8 @@ def create(recipe: Recipe, run: Path, classes: int, device: str, **kwargs: Any) 
 
 def taught_by(recipe: Recipe) -> str | None:
     """Returns the teacher, be it of the weight that the recipe starts from, and what it was pretrained on, or None."""
+    if recipe.teacher:
+        return load_recipe(RUNS.parent / recipe.teacher / "recipe.toml").as_teacher
     if recipe.soft_labels:
         return SoftLabels.load(RUNS.parent / recipe.soft_labels).info["taught_by"]
     if not recipe.init_from or recipe.pretraining:

@@ -138,13 +138,13 @@ class Teacher:
             raise ValueError(f"{file} can't be loaded into {recipe.model}: {error}") from error
         self.model: nn.Module = model.eval().to(device).to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps uint8 (N, H, W, C) to probabilities (N, classes)."""
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Maps uint8 (N, H, W, C) to distributions (N, classes), softened by a temperature."""
         cfg: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         pixels = resize(preprocess(images, cfg["mean"], cfg["std"]), self.recipe.sizes[-1][1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            return self.model(pixels).float().softmax(1)
+            return (self.model(pixels).float() / temperature).softmax(1)
 
 
 def draw_views(images: int, views: int, padding: int, seed: int) -> torch.Tensor:
@@ -176,7 +176,7 @@ def compute(teacher: Teacher, data: mz.data.ImageSet, views: int, kept: int, see
         "padding": padding,
         "seed": seed,
         "data_sha256": data.sha256(),
-        "taught_by": recipe.name + (f", pretrained on {recipe.pretraining}" if recipe.pretraining else ""),
+        "taught_by": recipe.as_teacher,
     }
     return SoftLabels(drawn, classes, log_probs, rest, info=info)
 

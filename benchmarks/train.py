@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from measuring import environment
 from rich.progress import Progress
-from soft_labels import SoftLabels
+from soft_labels import SoftLabels, Teacher
 from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
@@ -81,6 +81,7 @@ class Trainer:
             raise ValueError(f"batch_size {self.recipe.batch_size} is larger than the {len(data)} training images")
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
         self.soft_labels = soft_labels.to(device) if soft_labels is not None else None
+        self.teacher = load_teacher(self.recipe, self.num_classes, device) if self.recipe.teacher else None
         self.students = []
         for recipe in recipes:
             folder = out if len(recipes) == 1 else out / recipe.name
@@ -100,14 +101,16 @@ class Trainer:
         if self.soft_labels is not None:
             targets.append(self.soft_labels.targets(indices, views, recipe.temperature))
             views = self.soft_labels.views[indices, views]
-        pixels = preprocess(crop_and_mirror(self.images[indices], views, recipe.crop_padding), self.mean, self.std)
+        seen = crop_and_mirror(self.images[indices], views, recipe.crop_padding)
         box = plan.boxes[i]
         if box is not None:  # each image gets a rectangle of the one at the mirrored place in the batch
             rows, columns = box
-            pixels[:, :, rows, columns] = pixels[:, :, rows, columns].flip(0)
-            share = (rows.stop - rows.start) * (columns.stop - columns.start) / pixels[0, 0].numel()
+            seen[:, rows, columns] = seen[:, rows, columns].flip(0)
+            share = (rows.stop - rows.start) * (columns.stop - columns.start) / seen[0, :, :, 0].numel()
             targets = [torch.lerp(target, target.flip(0), share) for target in targets]
-        return [resize(pixels, size), *targets]
+        if self.teacher is not None:
+            targets.append(self.teacher(seen, recipe.temperature))
+        return [resize(preprocess(seen, self.mean, self.std), size), *targets]
 
     def train_step(self, plan: Plan, i: int, size: int) -> None:
         """Takes one optimiser step of every student."""
@@ -269,6 +272,12 @@ class Graph:
                 student.update(*self.inputs)
         for stream in self.streams:
             main.wait_stream(stream)
+
+
+def load_teacher(recipe: Recipe, num_classes: int, device: torch.device) -> Teacher:
+    """Returns the network that labels the recipe's batches; ValueError where its run isn't there."""
+    run = RUNS.parent / recipe.teacher
+    return Teacher(load_recipe(run / "recipe.toml"), run, num_classes, device)
 
 
 def load_soft_labels(recipe: Recipe, data: mz.data.ImageSet) -> SoftLabels:

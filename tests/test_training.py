@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,13 +29,14 @@ from PIL import Image
 from soft_labels import SoftLabels, pack
 from torch.nn import functional as F
 from training import student
-from training.augment import count_views, crop_and_mirror, cutmix_box
+from training.augment import count_views, crop_and_mirror, cutmix_box, resize
 from training.compiled_layers import batch_norm_act, compile_layers, depthwise_conv3x3
 from training.initial_weights import transfer
 from training.recipe import RUNS, Recipe, load_recipe
 from training.student import Student
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.evaluation import preprocess
 
 SHORT = """
 tag = "test"
@@ -132,7 +134,7 @@ def test_shipped_recipes_are_those_of_their_results(path):
     assert path.parent.name == recipe.name
     assert f"# python benchmarks/train.py {path.relative_to(ROOT)} --data DIR --out DIR" in path.read_text()
     if not recipe.pretraining:  # the teacher was never measured on test images
-        younger = {"calibration_images": 0}  # keys that not all results have
+        younger = {"calibration_images": 0, "teacher": ""}  # keys that not all results have
         assert json.loads(json.dumps(dataclasses.asdict(recipe))) == younger | result["recipe"]
         assert result["taught_by"] == evaluate.taught_by(recipe)
     assert not recipe.soft_labels or (ROOT / "benchmarks" / recipe.soft_labels).exists()
@@ -148,7 +150,8 @@ def test_shipped_recipes_are_those_of_their_results(path):
         (dict(precision="fp8"), "'bf16' or 'fp32'"),
         (dict(sizes=[[0.5, 32]]), "add up to 1"),
         (dict(cutmix=1.5), r"cutmix must be in \[0, 1\]"),
-        (dict(soft_labels="labels.safetensors"), "go together"),
+        (dict(soft_labels="labels.safetensors"), "goes together"),
+        (dict(teacher="runs/t", soft_labels="labels.safetensors", kd_weight=1), "exclude one another"),
         (dict(init_from="package:a/b.pth"), "go together"),
         (dict(init_sha256="0"), "go together"),
         (dict(text='model = "x"'), "missing .* 'tag' and 'epochs'"),
@@ -409,6 +412,31 @@ def test_soft_labels_are_what_the_teacher_says_of_each_view(labelled, data):
         largest = expected.topk(4).indices
         torch.testing.assert_close(actual[largest], expected[largest], rtol=0.06, atol=2e-3)
         assert actual.sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_teacher_labels_what_the_students_see(labelled, data, tmp_path, trainers):
+    """Mixed images, at its own resolution; a run with it stops and goes on as any other."""
+    shutil.copytree(labelled[1], tmp_path / "teacher")
+    shutil.copy(labelled[0], tmp_path / "teacher" / "recipe.toml")
+    changes = dict(teacher=str(tmp_path / "teacher"), kd_weight=0.9, ce_weight=0.1, cutmix=1.0, temperature=2.0)
+    recipe = write_recipe(tmp_path, **changes)
+    assert run(recipe, data, tmp_path / "out") == 0
+    assert evaluate.taught_by(load_recipe(recipe)) == "mobilenetv1_w025_cifar100.test"
+    trainer, teacher = trainers[-1], trainers[-1].teacher
+    images, hard, soft = trainer.batch(train.Plan(trainer, 0), 0, 32)
+    assert (hard.max(1).values < 1).any()  # mixed
+    cfg = teacher.model.pretrained_cfg
+    pixels = images * torch.tensor(trainer.std)[:, None, None] + torch.tensor(trainer.mean)[:, None, None]
+    seen = (255 * pixels).round().byte().permute(0, 2, 3, 1)
+    with torch.no_grad():
+        logits = teacher.model(resize(preprocess(seen, cfg["mean"], cfg["std"]), 16))
+    torch.testing.assert_close(soft, (logits / 2).softmax(1), rtol=1e-4, atol=1e-5)
+    assert run(recipe, data, tmp_path / "parts", "--time-budget", "0") == 0
+    while not (tmp_path / "parts" / "model.safetensors").exists():
+        assert run(recipe, data, tmp_path / "parts", "--resume") == 0
+    for other, whole in zip(trainers[-1].students, trainer.students, strict=True):
+        for tensor, expected in zip(other.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(tensor, expected)
 
 
 @pytest.mark.cifar100

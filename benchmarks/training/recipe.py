@@ -19,7 +19,7 @@ RUNS = Path(__file__).resolve().parents[1] / "runs"
 # What decides which images and targets a step sees, and how long the training is.
 SHARED_FIELDS = (
     *("epochs", "seed", "batch_size", "crop_padding", "cutmix", "sizes", "precision"),
-    *("soft_labels", "temperature"),
+    *("teacher", "soft_labels", "temperature"),
 )
 
 
@@ -52,8 +52,10 @@ class Recipe:
         sizes: progressive resolution: [[share of the epochs, pixels], ...], shares add up to 1; the last is the
             resolution that the network is measured at.
         precision: "bf16" (autocast) or "fp32".
-        soft_labels: file of a teacher's soft labels, relative to benchmarks/; "" for none. A step draws one of the
-            stored views of each image.
+        teacher: finished run, relative to benchmarks/, of a network that labels each batch as the students see it,
+            cropped, mirrored and mixed, but at its own resolution (arXiv 2106.05237); "" for none.
+        soft_labels: file of a teacher's soft labels, relative to benchmarks/, in place of `teacher`; "" for none. A
+            step draws one of the stored views of each image.
         temperature: T of the distillation loss (arXiv 1503.02531, section 2), on both distributions.
         ce_weight: weight of the cross-entropy with the hard labels.
         kd_weight: weight of the distillation loss.
@@ -80,6 +82,7 @@ class Recipe:
     cutmix: float = 0.5
     sizes: tuple[tuple[float, int], ...] = ((0.6, 24), (0.4, 32))
     precision: str = "bf16"
+    teacher: str = ""
     soft_labels: str = "runs/efficientnet_lite2.cutmix_e8_r160/soft_labels.safetensors"
     temperature: float = 2.0
     ce_weight: float = 0.1
@@ -95,8 +98,10 @@ class Recipe:
         for name in ("cutmix", "ema_decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if bool(self.soft_labels) != bool(self.kd_weight):
-            raise ValueError("soft_labels and kd_weight go together: set both or neither")
+        if self.teacher and self.soft_labels:
+            raise ValueError("teacher and soft_labels exclude one another: set soft_labels = ''")
+        if bool(self.teacher or self.soft_labels) != bool(self.kd_weight):
+            raise ValueError("kd_weight goes together with teacher or soft_labels: set both or neither")
         if self.calibration_images and (not self.init_from or self.init_from.startswith("package:")):
             raise ValueError("calibration_images needs init_from = 'MODEL.TAG', whose outputs are the target")
         if not self.init_from.startswith("package:") == bool(self.init_sha256) == bool(self.pretraining):
@@ -106,6 +111,11 @@ class Recipe:
     def name(self) -> str:
         """The weight's name, "model.tag"."""
         return f"{self.model}.{self.tag}"
+
+    @property
+    def as_teacher(self) -> str:
+        """The weight's name, and what it was pretrained on."""
+        return self.name + (f", pretrained on {self.pretraining}" if self.pretraining else "")
 
     def size_at(self, epoch: int) -> int:
         """Returns the training resolution of an epoch (counted from 0), in pixels."""
