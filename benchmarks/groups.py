@@ -2,18 +2,21 @@
 
     python benchmarks/groups.py --data DIR --out DIR [--rows NAME ...]
     python benchmarks/groups.py --data DIR --out DIR --time
+    python benchmarks/groups.py --data DIR --out DIR --starts --rows NAME
 
 Every network starts from the dense parent's weights and trains with the same settings on 45,000 of the training images.
 Each is measured on the test images, which neither the parent nor the calibration has seen, before the first step and
-after the last; the file's "starts" before the first step alone. Rows that benchmarks/groups.json holds are skipped, and
-a training that was stopped goes on. --time exports what was trained and, when it is called again, times all of it in
-one run: a process that has exported is slow.
+after the last. Rows that benchmarks/groups.json holds are skipped, and a training that was stopped goes on. --time
+exports what was trained and, when it is called again, times all of it in one run: a process that has exported is slow.
+--starts adds how long the start of one row takes, with what memory.
 """
 
 import argparse
 import copy
 import json
+import resource
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,16 @@ def time_rows(rows: list[dict[str, Any]], out: Path) -> None:
         row["ms"] = round(timed["ms"], 3)
 
 
+def time_start(row: dict[str, Any], data: str, out: Path) -> None:
+    """Adds the seconds of a start, and the largest memory that this process has had, with the images and all else."""
+    images = mz.data.load_images(data, "train")
+    start = time.perf_counter()
+    Trainer([recipe_of(row["row"])], images, None, None, torch.device("cpu"), out)
+    seconds = round(time.perf_counter() - start)
+    megabytes = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    row["start"] = {"seconds": seconds, "megabytes": megabytes, **environment()}
+
+
 def load_results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
 
@@ -125,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and weights, one for each row")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="NAME", help="by default all")
     parser.add_argument("--time", action="store_true", help="time what was trained")
+    parser.add_argument("--starts", action="store_true", help="time the start of the row that --rows names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -132,6 +146,14 @@ def main(argv: list[str] | None = None) -> int:
             results = load_results()
             time_rows(results["rows"], args.out)
             mz.files.write_json(RESULTS, results | {"timed_on": environment()})
+            return 0
+        if args.starts:
+            results = load_results()
+            chosen = [row for row in results["rows"] if [row["row"]] == args.rows]
+            if not chosen:
+                raise ValueError("--starts needs --rows with one row that is measured")
+            time_start(chosen[0], args.data, args.out)
+            mz.files.write_json(RESULTS, results)
             return 0
         for name in args.rows:
             if any(row["row"] == name for row in load_results()["rows"]):

@@ -13,11 +13,15 @@ def _macs(row: dict[str, Any], key: str) -> str:
 
 def groups_table() -> str:
     """Returns what each start of the family has right at once, and after one epoch."""
-    rows = []
-    for row in load_json(ROOT / "benchmarks" / "groups.json")["rows"]:
+    rows, results = [], load_json(ROOT / "benchmarks" / "groups.json")["rows"]
+    for row in results:
         arguments = "".join(f" `{key}={value}`" for key, value in row["model_args"].items())
         start = "images" if row["calibration_images"] else "weights alone"
         costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), f"{row['ms']:.2f}" if "ms" in row else "-"]
         rows.append([f"`{row['model']}`{arguments}", start, *costs, f"{row['start_top1']:.2f}", f"{row['top1']:.2f}"])
     header = ["model", "start", "MACs (M)", "optimized (M)", "ms", "at once (%)", "after an epoch (%)"]
-    return markdown(header, rows, left=2)
+    starts = []
+    for row in (row for row in results if "start" in row):
+        spent = "{seconds} s and {megabytes:,} MB ({threads} threads, {device})".format(**row["start"])
+        starts.append(f"Choosing and refitting `{row['model']}` took {spent}.")
+    return "\n\n".join([markdown(header, rows, left=2), *starts])
