@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from conftest import with_lively_statistics
+from safetensors.torch import save_file
 from torch import nn
 from training import initial_weights
 from training.initial_weights import start_from, transfer
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.models._base import ConvBn
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 SMALL = dict(width_mult=0.25, expand_ratio=4, num_classes=10)
@@ -182,6 +184,18 @@ def test_a_weight_that_left_the_package_can_still_be_started_from(tmp_path, monk
     monkeypatch.setattr(initial_weights, "RUNS", tmp_path)
     start_from(model, "mobilenetv1_w025_cifar100.old")
     mz.check_equivalent(source, model, IMAGES, tolerance=5e-2)  # stored in half precision
+    for layer in source.modules():
+        if isinstance(layer, ConvBn):  # a hundred times as large, and the same outputs
+            layer.conv.weight.data *= 100.0
+            layer.bn.running_mean *= 100.0
+            layer.bn.running_var.add_(layer.bn.eps).mul_(1e4).sub_(layer.bn.eps)
+    save_file(source.state_dict(), tmp_path / "mobilenetv1_w025_cifar100.old" / "model.safetensors")
+    start_from(model, "mobilenetv1_w025_cifar100.old")
+    mz.check_equivalent(source, model, IMAGES, tolerance=1e-4)
+    for layer in model.modules():
+        if isinstance(layer, ConvBn):  # normalised
+            norms = layer.conv.weight.flatten(1).norm(dim=1)
+            assert ((norms > 0.7) & (norms < 1.42)).all()
     for missing in ("mobilenetv1_w025_cifar100.older", "nonsense"):
         with pytest.raises(ValueError, match=rf"init_from '{missing}' can't be loaded"):
             start_from(model, missing)
