@@ -99,7 +99,7 @@ def test_channels_that_are_always_zero_go(expansion_groups, projection_groups, g
     zero = torch.arange(256) % 4 < 2
     zero[:6] = True  # more in one group than in the others
     largest = 6.0 * layers.depthwise.weight.clamp_min(0.0).sum((1, 2, 3))
-    layers.depthwise.bias[zero] = -largest[zero]
+    layers.depthwise.bias[zero] = -1e-9 - largest[zero]
     layers.depthwise.bias[~zero] = 0.01 - largest[~zero]  # not zero for one input
     assert torch.equal(rewrites.always_zero(layers.depthwise), zero)
     rewritten = rewrites.remove_dead_hidden(layers)
