@@ -92,7 +92,7 @@ def _device(context: click.Context, parameter: click.Parameter, device: str) -> 
     try:
         torch.ones(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition(". ")[0].splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(f"the device {device} can't be used ({reason}); choose cpu or cuda") from error
     return device
 

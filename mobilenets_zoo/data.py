@@ -122,6 +122,9 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         model: has timm's `pretrained_cfg`.
         track: wraps what is read, to show progress.
 
+    Returns:
+        Images of the model's input size, uint8 (N, height, width, 3).
+
     Raises:
         ValueError: no such data, or an image that can't be read.
     """
@@ -145,10 +148,10 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         images, classes = [path for paths in files for path in paths], tuple(folder.name for folder in folders)
         labels = np.repeat(np.arange(len(files)), list(map(len, files)))
     if not divided:
-        random, order = np.random.default_rng(0), np.arange(len(labels))
+        random = np.random.default_rng(0)
         members = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
         held = np.concatenate([positions[: max(1, len(positions) // 5)] for positions in members])
-        chosen = np.sort(held) if split == "test" else np.setdiff1d(order, held)
+        chosen = np.sort(held) if split == "test" else np.setdiff1d(np.arange(len(labels)), held)
         images, labels = [images[position] for position in chosen], labels[chosen]
     geometry = create_transform(**resolve_model_data_config(model), normalize=False)
     opened = (read_image(image) if isinstance(image, Path) else Image.fromarray(image) for image in track(images))

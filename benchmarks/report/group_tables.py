@@ -23,5 +23,5 @@ def groups_table() -> str:
     starts = []
     for row in (row for row in results if "start" in row):
         spent = "{seconds} s and {megabytes:,} MB ({threads} threads, {device})".format(**row["start"])
-        starts.append(f"Choosing and refitting `{row['model']}` took {spent}.")
+        starts.append(f"Choosing and refitting `{row['model']}` took {spent}, all that the process held.")
     return "\n\n".join([markdown(header, rows, left=2), *starts])
