@@ -233,6 +233,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
 @json_option
 def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str, as_json: bool) -> None:
     """Measure a model's pretrained weights on the test images."""
+    catalogue.keep_freed_memory()
     model = _pretrained(name)
     if condensed:
         model = _condensed(model)
@@ -329,6 +330,7 @@ def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: 
     from mobilenets_zoo import finetuning
 
     _check_name(name)
+    catalogue.keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
     try:
         with catalogue.progress_bar() as progress:

@@ -30,6 +30,7 @@ from training.augment import crop_and_mirror, resize
 from training.initial_weights import start_from
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.catalogue import keep_freed_memory
 from mobilenets_zoo.evaluation import preprocess
 
 RESULTS = Path(__file__).with_name("compress.json")
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [*NETWORKS, IMAGENET]
     parser.add_argument("--networks", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     try:
         data = mz.data.load_images(args.data, "train")

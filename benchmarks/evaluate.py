@@ -27,7 +27,7 @@ from torch import nn
 from training.recipe import RUNS, Recipe, load_recipe
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import progress_bar
+from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.pretrained import WEIGHTS_DIR
 
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     keep.add_argument("--bundle", action="store_true", help="make it the package's weight")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         recipe = load_recipe(args.recipe)
         place, earlier = RUNS / recipe.name / "recipe.toml", RUNS / recipe.name / "result.json"

@@ -27,6 +27,7 @@ from rich.progress import Progress
 from timm.data import create_transform, resolve_model_data_config
 
 import mobilenets_zoo as mz
+from mobilenets_zoo.catalogue import keep_freed_memory
 from mobilenets_zoo.data import ImageSet
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.finetuning import Run, Settings, create
@@ -151,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    keep_freed_memory()
     if (args.data is None) != (args.dataset == "digits"):
         parser.error("--data is needed, but for digits")
     measure = Measurement(*load(args.dataset, args.data), flip=args.dataset != "digits")

@@ -32,7 +32,7 @@ from train import CHECKPOINT, Trainer, held_out, load_soft_labels
 from training.recipe import Recipe
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import progress_bar
+from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import evaluate, preprocess
 
 RESULTS = Path(__file__).with_name("groups.json")
@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--starts", action="store_true", help="time the start of the row that --rows names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         if args.time:
             results = load_results()

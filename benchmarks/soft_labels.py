@@ -28,7 +28,7 @@ from training.augment import count_views, crop_and_mirror, resize
 from training.recipe import Recipe, load_recipe
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import progress_bar
+from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import preprocess
 from mobilenets_zoo.files import atomic_write
 
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         data, device = mz.data.load_images(args.data, "train"), torch.device(args.device)
         teacher = Teacher(load_recipe(args.recipe), args.run, len(data.classes), device)

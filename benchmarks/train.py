@@ -30,7 +30,7 @@ from training.recipe import RUNS, SHARED_FIELDS, Recipe, load_recipe
 from training.student import Student
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import progress_bar
+from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import preprocess
 
 CHECKPOINT = "checkpoint.pt"
@@ -351,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--holdout", action="store_true", help="train on 45,000 images, report on the other 5,000")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         return train(args)
     except OSError as error:

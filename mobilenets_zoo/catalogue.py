@@ -1,6 +1,8 @@
 """What commands share: the registered models' cost, measured time and weights without building them; a progress bar."""
 
+import ctypes
 import json
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mobilenets_zoo.pretrained import WeightsError, default_entry
 from mobilenets_zoo.profiling import Profile
 
-__all__ = ["FAST_MS", "MODEL_PATTERN", "best_model", "deployed_profiles", "model_names", "progress_bar", "summary"]
+__all__ = [
+    "FAST_MS",
+    "MODEL_PATTERN",
+    "best_model",
+    "deployed_profiles",
+    "keep_freed_memory",
+    "model_names",
+    "progress_bar",
+    "summary",
+]
 
 MODEL_PATTERN = "*_cifar100"
 
@@ -68,6 +79,17 @@ def progress_bar() -> Progress:
     """Returns a progress bar on standard error."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory of freed maps for the next ones; returns whether it could.
+
+    glibc gives large ones back to the system, which hands out zeroed pages one by one: up to half the time of a network
+    on a CPU. The process then stays at the most memory that it has needed. Other C libraries have no such switch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_mmap_max, m_trim_threshold = -4, -1  # of malloc.h; mallopt(3)
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
 @lru_cache(maxsize=1)

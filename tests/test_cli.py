@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
+import platform
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -360,3 +363,26 @@ main()
     assert result.returncode == 0, result.stderr
     extra = {name for name in result.stderr.split() if name.isidentifier() and importlib.util.find_spec(name)}
     assert extra == {"mobilenets_zoo", "mobilenets_zoo_cli", "click", "rich"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such switch")
+def test_freed_memory_is_kept_for_the_next_maps():
+    code = """
+        import resource, torch
+        from mobilenets_zoo.catalogue import keep_freed_memory
+
+        def page_faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                torch.ones(2**24)  # 64 MiB
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        print(page_faults(), keep_freed_memory(), page_faults())
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env=environment
+    )
+    before, kept, after = run.stdout.split()
+    assert kept == "True"
+    assert int(after) < int(before) / 2
