@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in range(args.seeds)
         for model in args.models
         for method in args.methods
-        if model != OUTSIDER or (method == "scratch" and args.dataset != "photos")
+        if model != OUTSIDER or method == "scratch"
     ]
     for model, method, per_class, seed in cells:
         if (args.dataset, model, method, str(per_class), str(seed)) in known:
