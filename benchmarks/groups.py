@@ -40,13 +40,15 @@ PARENT = "mobilenetv2_cifar100.kd_e26_r32"
 NARROW = {"model": "mobilenetv2_cifar100", "model_args": {"width_mult": 0.55}}
 IMAGES = 2048
 
-# By row: model and calibration images; with 0, learned groups are pruned by magnitude in stages while training.
+# By row: model and calibration images; with 0, learned groups are pruned by magnitude in stages while training. The
+# dense parent shows what the epoch itself does.
 ROWS: dict[str, dict[str, Any]] = {
     **{kind: {"model": f"mobilenetv2_{kind}_cifar100", "calibration_images": IMAGES}
        for kind in ("lgc", "lgc_proj", "lgc_exp", "gc", "gc_proj", "gc_exp", "gc_lgc", "lgc_gc")},
     "narrow": {**NARROW, "calibration_images": IMAGES},
     **{f"{kind}_plain": {"model": f"mobilenetv2_{kind}_cifar100", "calibration_images": 0} for kind in ("lgc", "gc")},
     "narrow_plain": {**NARROW, "calibration_images": 0},
+    "dense": {"model": "mobilenetv2_cifar100", "calibration_images": 0},
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def top1(model: nn.Module, images: mz.data.ImageSet) -> float:
 def started(model: nn.Module, recipe: Recipe, images: mz.data.ImageSet) -> nn.Module:
     """Returns a copy; where no images chose groups, pruned by magnitude and with BatchNorm's statistics of as many."""
     model = copy.deepcopy(model)
-    if not recipe.calibration_images:
+    if not recipe.calibration_images and recipe.tag != "dense":
         for layer in mz.learned_layers(model).values():
             layer.prune_(layer.in_channels // layer.condense_factor)
         chosen = np.random.default_rng(recipe.seed).choice(len(images), IMAGES, replace=False)
