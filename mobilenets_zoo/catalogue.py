@@ -82,10 +82,10 @@ def progress_bar() -> Progress:
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory of freed maps for the next ones; returns whether it could.
+    """Lets this process keep the memory of freed maps for the next ones; returns whether malloc accepts it.
 
-    glibc gives large ones back to the system, which hands out zeroed pages one by one: up to half the time of a network
-    on a CPU. The process then stays at the most memory that it has needed. Other C libraries have no such switch.
+    glibc gives large ones back to the system, and each layer on a CPU waits while it hands out zeroed pages one by one.
+    The process then stays at about the most memory that it has needed. Other C libraries have no such switch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     m_mmap_max, m_trim_threshold = -4, -1  # of malloc.h; mallopt(3)

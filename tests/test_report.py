@@ -67,7 +67,7 @@ def test_names_in_pictures_cover_neither_marks_nor_one_another():
     marks = axes.transData.transform(np.concatenate([line.get_xydata() for line in axes.get_lines()]))
     pyplot.close(figure)
     _, *named = data["points"].values()  # the original's are our networks
-    assert len(names) == sum(map(len, named)) > 14 + len(figures.PUBLISHED)
+    assert len(names) == sum(map(len, named)) == len(mz.manifest()) + len(figures.PUBLISHED)
     assert not any(box.contains(*mark) for box in boxes for mark in marks)
     assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # with itself
 

@@ -28,6 +28,7 @@ LEARNED = "mobilenetv2_lgc_cifar100"  # whose masks are shown
 ORIGINAL = INK = "#7a7a7a"
 FAINT = "#7a7a7a40"
 BLUE = "#2f7fd0"
+# Of the original's networks, ours, those of others, and ours again in another way.
 MARKS = ((ORIGINAL, "o"), (BLUE, "D"), ("#d9742b", "s"), ("#3d9970", "D"))
 STYLE = {
     **{"axes.grid": True, "grid.color": FAINT, "axes.axisbelow": True, "legend.frameon": False},
@@ -103,7 +104,8 @@ def draw_accuracy(figure: Any, data: Any) -> None:
     """Draws top-1 over cost; `data` has the axis' label and, per kind of points, [name, cost, top-1]."""
     figure.set_size_inches(7.0, 5.4)
     axes = figure.add_subplot()
-    for (what, points), (color, marker) in zip(data["points"].items(), MARKS, strict=False):
+    marks = MARKS[: len(data["points"])]
+    for (what, points), (color, marker) in zip(data["points"].items(), marks, strict=True):
         axes.plot([p[1] for p in points], [p[2] for p in points], marker, color=color, label=what, markersize=6)
     axes.set(xlabel=data["xlabel"], ylabel="CIFAR-100 top-1 (%)")
     axes.margins(x=0.08, y=0.08)
@@ -114,7 +116,7 @@ def draw_accuracy(figure: Any, data: Any) -> None:
         axes.set_xlim(0, None)
     figure.legend(loc="outside lower center", fontsize=8, ncols=2)
     figure.draw_without_rendering()  # from here on the axes stay where they are
-    named = zip(data["points"].values(), MARKS, strict=False)
+    named = zip(data["points"].values(), marks, strict=True)
     label(axes, [(point, color) for points, (color, _) in named if color != ORIGINAL for point in points])
 
 
@@ -215,10 +217,11 @@ def all_figures() -> list[Figure]:
 def accuracy_over_macs() -> dict[str, Any]:
     zoo = default_weights().values()
     known = [(entry.model, entry.macs / 1e6, ORIGINAL_TOP1.get(entry.model)) for entry in zoo]
+    taught = [entry for entry in zoo if entry.taught_by]
     alone = [entry for entry in mz.manifest().values() if not entry.taught_by]
     points = {
         "original, no pretraining": [point for point in known if point[2]],
-        "this zoo, its teacher saw ImageNet": [(short(entry.model), entry.macs / 1e6, entry.top1) for entry in zoo],
+        "this zoo, its teacher saw ImageNet": [(short(entry.model), entry.macs / 1e6, entry.top1) for entry in taught],
         "others, no pretraining († best epoch on the test set)": PUBLISHED,
         "this zoo, no pretraining": [(short(entry.model), entry.macs / 1e6, entry.top1) for entry in alone],
     }

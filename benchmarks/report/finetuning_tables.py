@@ -25,7 +25,7 @@ def results(data: str) -> dict[tuple[str, str], dict[int, list[float]]]:
 def finetuning_table(*sets: str, timed: int = 0) -> str:
     """Returns a row for each network and method and a column for each data set and number of images a class.
 
-    With `timed`, the last column is the median of the first set's seconds with so many images a class.
+    With `timed`, the last column is the median of fine-tuning's seconds on the first set with so many images a class.
     """
     found = {data: cells for data in sets if (cells := results(data))}
     counts = {data: sorted({count for by in cells.values() for count in by}) for data, cells in found.items()}
@@ -35,14 +35,14 @@ def finetuning_table(*sets: str, timed: int = 0) -> str:
         for method in METHODS:
             scores = [found[data].get((model, method), {}).get(count, []) for data, count in columns]
             if any(scores):
-                seconds = [_seconds(sets[0], model, method, timed)] if timed else []
+                seconds = [_seconds(sets[0], model, timed) if method == "fine-tuned" else "-"] if timed else []
                 rows.append([_short(model), method, *map(_cell, scores), *seconds])
     header = [f"{DATA[data]}: {count:,}" if count == counts[data][0] else f"{count:,}" for data, count in columns]
     return markdown(["network", "", *header, *([f"seconds ({timed})"] if timed else [])], rows, left=2)
 
 
-def _seconds(data: str, model: str, method: str, per_class: int) -> str:
-    key = {"data": data, "model": model, "method": method, "per_class": str(per_class)}
+def _seconds(data: str, model: str, per_class: int) -> str:
+    key = {"data": data, "model": model, "method": "fine-tuned", "per_class": str(per_class)}
     found = [float(row["seconds"]) for row in read_csv(RESULTS) if key.items() <= row.items()]
     return f"{statistics.median(found):.0f}" if found else "-"
 

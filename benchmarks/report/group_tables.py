@@ -16,7 +16,7 @@ def groups_table() -> str:
     rows, results = [], load_json(ROOT / "benchmarks" / "groups.json")["rows"]
     for row in results:
         arguments = "".join(f" `{key}={value}`" for key, value in row["model_args"].items())
-        start = "images" if row["calibration_images"] else "weights alone"
+        start = "images" if row["calibration_images"] else "-" if row["row"] == "dense" else "weights alone"
         costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), f"{row['ms']:.2f}" if "ms" in row else "-"]
         rows.append([f"`{row['model']}`{arguments}", start, *costs, f"{row['start_top1']:.2f}", f"{row['top1']:.2f}"])
     header = ["model", "start", "MACs (M)", "optimized (M)", "ms", "at once (%)", "after an epoch (%)"]
