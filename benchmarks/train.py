@@ -2,11 +2,12 @@
 
     python benchmarks/train.py RECIPE.toml [RECIPE.toml ...] --data DIR --out DIR [--resume]
 
-The folder given by --out receives, per model, DIR/NAME.TAG/ with `log.csv` (a row per epoch), `masks.json` (masks and
-Hoyer index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to
-measure with benchmarks/evaluate.py), and for all of them `checkpoint.pt` and `run.json` (hardware and versions). With
-one recipe everything lies in DIR itself. Several recipes see the same batches; on a GPU they fill one another's gaps.
-Test images are never read.
+The folder given by --out receives, per model, DIR/NAME.TAG/ with `log.csv` (a row per epoch: losses, accuracies, the
+largest weights and variances, the share of dead channels), `masks.json` (masks and Hoyer index of learned group
+convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to measure with
+benchmarks/evaluate.py), and for all of them `checkpoint.pt` and `run.json` (hardware and versions). With one recipe
+everything lies in DIR itself. Several recipes see the same batches; on a GPU they fill one another's gaps. Test images
+are never read.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
 from training.recipe import RUNS, SHARED_FIELDS, Recipe, load_recipe
-from training.student import Student
+from training.student import Student, health
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
@@ -35,6 +36,7 @@ from mobilenets_zoo.evaluation import preprocess
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 180
+HEALTH_IMAGES = 1500  # training images that tell which channels are dead
 READ_EVERY = 20  # steps between reads of loss and accuracy from a GPU, which stall it
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels, optimisers make their state
 
@@ -178,6 +180,8 @@ class Trainer:
             row: dict[str, float] = dict(epoch=epoch + 1, size=size)
             row.update(lr=float(student.optimizer.param_groups[0]["lr"]))
             row.update(train_loss=loss / self.steps_per_epoch, train_top1=100 * top1 / self.steps_per_epoch)
+            batches = (self.pixels(images) for images in self.images[:HEALTH_IMAGES].split(250))
+            row.update(health(student.average.module, batches))
             row.update(images_per_second=rate, seconds=self.epoch_seconds)
             if self.holdout is not None:
                 holdout_loss, holdout_top1 = self.measure(student.average.module, self.holdout)
@@ -194,10 +198,13 @@ class Trainer:
         """Returns loss and top-1 percentage at the final resolution."""
         logits = []
         for images in torch.from_numpy(data.images).split(250):
-            pixels = preprocess(images.to(self.device), self.mean, self.std)
-            logits.append(model(resize(pixels, self.recipe.sizes[-1][1])).cpu())
+            logits.append(model(self.pixels(images.to(self.device))).cpu())
         scores, labels = torch.cat(logits), torch.from_numpy(data.labels)
         return F.cross_entropy(scores, labels).item(), 100 * (scores.argmax(1) == labels).double().mean().item()
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns uint8 images (N, H, W, 3) as the networks are measured with, (N, 3, size, size)."""
+        return resize(preprocess(images, self.mean, self.std), self.recipe.sizes[-1][1])
 
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""

@@ -283,6 +283,30 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, data, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_the_log_tells_what_grows_and_what_is_dead(tmp_path, data):
+    model = timm.create_model("mobilenetv1_w025_cifar100").eval()
+    last, batches = model.blocks[-1][-1].pointwise.bn, torch.rand(8, 3, 32, 32).split(4)
+    with torch.no_grad():
+        last.weight.zero_(), last.bias.fill_(1)
+        alive = student.health(model, batches)
+        last.bias[:5] = -1
+        last.running_var[7] = 1e6
+        model.blocks[-1][-1].pointwise.conv.weight[3] = 1000 / 256**0.5 * model.stem.conv.weight.new_ones(256, 1, 1)
+    channels = sum(module.num_features for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    sick = student.health(model, batches)
+    assert sick["dead_channels"] - alive["dead_channels"] == pytest.approx(500 / channels)
+    assert sick["largest_norm"] == pytest.approx(1000)
+    assert sick["largest_variance"] == 1e6
+    assert not any(module._forward_hooks for module in model.modules())
+
+    assert run(write_recipe(tmp_path), data, tmp_path / "out") == 0
+    rows = log(tmp_path / "out")
+    trained = torch.load(tmp_path / "out" / train.CHECKPOINT, weights_only=True)["students"][0]["average"]
+    norm = max(weight.flatten(1).norm(dim=1).max().item() for weight in trained.values() if weight.ndim == 4)
+    assert float(rows[-1]["largest_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert all(0 <= float(row["dead_channels"]) < 100 for row in rows)
+
+
 @pytest.mark.parametrize("text", [BASE, LGC], ids=["dense", "lgc"])
 def test_without_an_average_the_last_weights_are_kept(tmp_path, data, trainers, monkeypatch, text):
     """BatchNorm is re-estimated on plain layers: a GPU's training layers don't take update_bn's momentum of None."""

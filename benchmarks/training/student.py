@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,10 +21,11 @@ from training.compiled_layers import compile_layers
 from training.initial_weights import start_from
 from training.recipe import Recipe
 
-__all__ = ["LOG_FIELDS", "Student"]
+__all__ = ["LOG_FIELDS", "Student", "health"]
 
 LOG_FIELDS = (
     *("epoch", "size", "lr", "train_loss", "train_top1", "holdout_loss", "holdout_top1"),
+    *("largest_norm", "largest_variance", "dead_channels"),
     *("images_per_second", "seconds"),
 )
 
@@ -175,3 +177,37 @@ class Student:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums.copy_(state["sums"])
         self.log, self.masks = state["log"], state["masks"]
+
+
+@torch.inference_mode()
+def health(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+    """Returns what grows or dies unseen in a long training.
+
+    Args:
+        batches: normalised images, (N, C, H, W).
+
+    Returns:
+        `largest_norm` of the weights of one output channel of a convolution; `largest_variance` that a BatchNorm
+        holds; `dead_channels`, the percentage of the channels behind a ReLU that are zero everywhere in all images.
+    """
+    alive: dict[nn.Module, torch.Tensor] = {}
+
+    def watch(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        positive = output.amax((0, 2, 3)) > 0
+        alive[module] = alive.get(module, False) | positive
+
+    rectifiers = [module for module in model.modules() if isinstance(module, (nn.ReLU, nn.ReLU6))]
+    hooks = [module.register_forward_hook(watch) for module in rectifiers]
+    for batch in batches:
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    variances = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
+    values = {
+        "largest_norm": max(weight.flatten(1).norm(dim=1).max().item() for weight in weights),
+        "largest_variance": max((variance.max().item() for variance in variances), default=0.0),
+    }
+    if alive:
+        values["dead_channels"] = 100 - 100 * torch.cat(list(alive.values())).double().mean().item()
+    return values
