@@ -261,7 +261,7 @@ def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str
 @click.argument("name")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.onnx")
 @click.option("--condensed", is_flag=True, help="Learned group convolutions as a gather and a grouped convolution.")
-@click.option("--optimized", is_flag=True, help="The fastest form: condensed and rewritten for inference.")
+@click.option("--optimized", is_flag=True, help="Condensed and rewritten for inference, mostly the fastest form.")
 @click.option("--with-preprocessing", is_flag=True, help="uint8 images (N, H, W, C) in, probabilities out.")
 @click.option("--int8", is_flag=True, help="Quantise statically; needs --data, shows the accuracy beside fp32.")
 @click.option("--data", **data_option)

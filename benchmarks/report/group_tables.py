@@ -17,6 +17,8 @@ def groups_table() -> str:
     for row in results:
         arguments = "".join(f" `{key}={value}`" for key, value in row["model_args"].items())
         start = "images" if row["calibration_images"] else "-" if row["row"] == "dense" else "weights alone"
+        if row["row"].endswith("_faster"):
+            start += f", lr {row['lr']}"
         costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), f"{row['ms']:.2f}" if "ms" in row else "-"]
         rows.append([f"`{row['model']}`{arguments}", start, *costs, f"{row['start_top1']:.2f}", f"{row['top1']:.2f}"])
     header = ["model", "start", "MACs (M)", "optimized (M)", "ms", "at once (%)", "after an epoch (%)"]
