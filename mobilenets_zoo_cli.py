@@ -3,6 +3,7 @@
 A module beside the package, because importing the package imports torch, which --help and --version needn't wait for.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -146,7 +147,9 @@ def info(name: str, as_json: bool) -> None:
         model = _pretrained(name)
         cfg = model.pretrained_cfg
         tags = []
-        cost = mz.profile(_condensed(model) if mz.learned_layers(model) else model, cfg["input_size"])
+        with contextlib.suppress(ValueError):  # nothing to condense, or masks that aren't finished
+            model = mz.condense(model)
+        cost = mz.profile(model, cfg["input_size"])
         document = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
     else:
         cfg = timm.get_pretrained_cfg(name).to_dict()
@@ -339,7 +342,10 @@ def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: 
     except (ValueError, OSError, RuntimeError) as error:
         raise InputError(str(error)) from error
     except KeyboardInterrupt:
-        click.echo(f"{out}: stopped before anything was learned", err=True)
+        learned = (out / "checkpoint.pt").exists()
+        click.echo(
+            f"{out}: stopped" + ("; go on with --resume" if learned else " before anything was learned"), err=True
+        )
         sys.exit(130)
     if not result["finished"]:
         click.echo(f"{out}: stopped after {len(result['history'])} of {result['epochs']} epochs; go on with --resume")

@@ -13,7 +13,6 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from train import held_out
-from training.augment import crop_and_mirror, resize
+from training.augment import count_views, crop_and_mirror, resize
 from training.initial_weights import start_from
 
 import mobilenets_zoo as mz
@@ -34,7 +33,7 @@ from mobilenets_zoo.catalogue import keep_freed_memory
 from mobilenets_zoo.evaluation import preprocess
 
 RESULTS = Path(__file__).with_name("compress.json")
-BATCH, CALIBRATION, AGREEMENT_CALIBRATION, AGREEMENT_IMAGES = 128, 2048, 512, 1000
+PADDING, BATCH, CALIBRATION, AGREEMENT_CALIBRATION, AGREEMENT_IMAGES = 4, 128, 2048, 512, 1000
 # Side of the images in pixels and epochs, a few minutes each. At 32 pixels a stride of 32 would leave one pixel.
 TRAININGS = {"mobilenetv3_small_050": (64, 4), "regnetx_002": (64, 3), "efficientnet_lite0": (64, 1)}
 IMAGENET = "efficientnet_lite0, ImageNet"
@@ -55,13 +54,6 @@ def lite0(classes: int) -> nn.Module:
     return model
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "mobilenetv3_small_050": lambda: timm.create_model("mobilenetv3_small_050", num_classes=100),
-    "regnetx_002": lambda: timm.create_model("regnetx_002", num_classes=100),
-    "efficientnet_lite0": lambda: lite0(100),
-}
-
-
 def train(model: nn.Module, data: mz.data.ImageSet, size: int, epochs: int, lr: float, seed: int) -> nn.Module:
     """Trains with AdamW, crops and mirroring, in place; warm-up over a tenth, then a cosine to zero."""
     torch.manual_seed(seed)
@@ -71,8 +63,8 @@ def train(model: nn.Module, data: mz.data.ImageSet, size: int, epochs: int, lr: 
     for _ in range(epochs):
         order = torch.randperm(len(data))[: steps // epochs * BATCH]
         for chosen in order.split(BATCH):
-            views = torch.randint(162, (BATCH,))
-            images = crop_and_mirror(torch.from_numpy(data.images[chosen]), views, padding=4)
+            views = torch.randint(count_views(PADDING), (BATCH,))
+            images = crop_and_mirror(torch.from_numpy(data.images[chosen]), views, PADDING)
             logits = model.train()(pixels(images.numpy(), size).contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, torch.from_numpy(data.labels[chosen]), label_smoothing=0.1)
             optimizer.zero_grad()
@@ -114,7 +106,8 @@ def measure_trained(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
     kept, test = data.subset(~held), data.subset(held)
     torch.manual_seed(0)
     size, epochs = TRAININGS[name]
-    dense = train(NETWORKS[name]().to(memory_format=torch.channels_last), kept, size, epochs, LR, seed=0)
+    dense = lite0(100) if name == "efficientnet_lite0" else timm.create_model(name, num_classes=100)
+    train(dense.to(memory_format=torch.channels_last), kept, size, epochs, LR, seed=0)
 
     def accuracy(network: nn.Module) -> float:
         network = mz.condense(network) if mz.learned_layers(network) else network
@@ -141,7 +134,7 @@ def measure_agreement(data: mz.data.ImageSet) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="CIFAR-100: Parquet folder, torchvision root, Hub id")
-    names = [*NETWORKS, IMAGENET]
+    names = [*TRAININGS, IMAGENET]
     parser.add_argument("--networks", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     args = parser.parse_args(argv)
     keep_freed_memory()

@@ -12,13 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mobilenets_zoo.pretrained import WeightsError, default_entry
-from mobilenets_zoo.profiling import Profile
 
 __all__ = [
     "FAST_MS",
     "MODEL_PATTERN",
     "best_model",
-    "deployed_profiles",
     "keep_freed_memory",
     "model_names",
     "progress_bar",
@@ -35,11 +33,6 @@ WEIGHT_FIELDS = ("tag", "top1", "top5", "taught_by", "file", "bytes", "sha256", 
 
 def model_names() -> list[str]:
     return timm.list_models(MODEL_PATTERN)
-
-
-def deployed_profiles() -> dict[str, Profile]:
-    """Returns the cost of every registered model in its deployed form."""
-    return {name: Profile(row["params"], row["macs"]) for name, row in _rows().items()}
 
 
 def summary(name: str) -> dict[str, Any]:

@@ -141,7 +141,10 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         found = {key: next((parts[name] for name in names if name in parts), None) for key, names in SPLITS.items()}
         divided = None not in found.values()
         folders = [path for path in _visible(found[split if divided else "train"] or root) if path.is_dir()]
-        files = [[path for path in _visible(folder, "**/*") if path.suffix.lower() in EXTENSIONS] for folder in folders]
+        files = [
+            [path for path in _visible(folder, "**/*") if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
+            for folder in folders
+        ]
         if not all(files) or not files:
             empty = folders[files.index([])] if files else root
             raise ValueError(f"{empty}: holds no images; give a folder with a folder of images for each class")
@@ -199,10 +202,10 @@ def _read_parquet(files: list[Path], source: str | Path) -> ImageSet:
             classes = names
             labels.append(column.to_numpy().astype(np.int64))
             for row in table["img"].combine_chunks().field("bytes").to_pylist():
-                image = _decode(row, "an image")
+                image = read_image(row or b"", "an image")
                 if images and image.size != images[0].shape[1::-1]:
                     raise ValueError(f"images of {images[0].shape[1::-1]} and {image.size} pixels are mixed")
-                images.append(np.asarray(image.convert("RGB")))
+                images.append(np.asarray(image))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{file}: can't be read as CIFAR Parquet: {error}; fetch {source} again") from error
     if not images:
@@ -235,11 +238,14 @@ def read_image(content: bytes | str | Path, name: str = "") -> Image.Image:
         name: of the image, for error messages; by default the path.
 
     Raises:
-        ValueError: not such a file, broken, or with more than `MAX_PIXELS` pixels.
-        OSError: there is no file at the path.
+        ValueError: no such file, one that can't be opened, broken, or with more than `MAX_PIXELS` pixels.
     """
     if not isinstance(content, bytes):
-        content, name = Path(content).read_bytes(), name or str(content)
+        path, name = Path(content), name or str(content)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name}: {error.strerror or error}; give a file that can be read") from error
     image = _decode(content, name)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)  # greys of more than 8 bits; anything wider than 16 is clipped

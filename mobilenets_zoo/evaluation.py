@@ -73,7 +73,7 @@ def evaluate(
         on_progress: called with the number of images done so far.
 
     Raises:
-        ValueError: the model's classes or input size don't fit the data, or there are no images.
+        ValueError: classes or input size don't fit the data, there are no images, or an output isn't finite.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if not len(data):
@@ -98,6 +98,8 @@ def evaluate(
             if on_progress:
                 on_progress(min(start + batch_size, len(data)))
     logits, labels = torch.cat(all_logits), torch.from_numpy(data.labels)
+    if not logits.isfinite().all():
+        raise ValueError("the model's outputs are not finite")
 
     correct = logits.argmax(1) == labels
     top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)

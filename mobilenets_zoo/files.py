@@ -24,7 +24,7 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
         OSError: the folder can't be written; nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     # Made by open, not by tempfile: readable by whom the process's umask says.
     opened = open(temporary, mode.replace("w", "x"), **kwargs)  # noqa: SIM115 - closed below
     try:
@@ -34,7 +34,7 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)  # an interrupt may come right after the renaming
         raise
 
 

@@ -146,12 +146,12 @@ def finetune(
         result |= {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
     write_json(out / "result.json", result)
     if finished:
-        checkpoint.unlink(missing_ok=True)
         try:
             network = mz.optimize_for_inference(stored) if isinstance(stored, MobileNetBase) else stored
             mz.export_onnx(network, out / "model.onnx", preprocessing=True)
         except (ImportError, ValueError, RuntimeError) as error:  # somebody else's network may not be exportable
             progress.console.print(f"model.onnx isn't written: {error}", **plain)
+        checkpoint.unlink(missing_ok=True)
     return result
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
+from mobilenets_zoo.lgc.convert import PLAIN_CONVOLUTIONS
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 
 __all__ = ["normalise_"]
 
@@ -21,7 +23,8 @@ def normalise_(model: nn.Module) -> nn.Module:
 
     Scales are powers of two, so that no weight is rounded, and norms lie between 0.7 and 1.42. BatchNorm's mean and
     variance are scaled alike: outputs in eval mode stay equal up to rounding of the variance. Convolutions are found in
-    modules that hold `conv` and `bn` and nothing else, as all of the zoo's do; plain, masked and condensed. Channels
+    modules that hold `conv` and a BatchNorm `bn` and nothing else, as all of the zoo's do; plain, masked and condensed,
+    not those that compute their weights. Channels
     whose variance doesn't exceed BatchNorm's epsilon stay: they hold next to nothing, and in training mode another
     scale would wake them.
 
@@ -33,6 +36,9 @@ def normalise_(model: nn.Module) -> nn.Module:
             continue
         conv: Any = module.conv
         bn: Any = module.bn
+        plain = type(conv) in (*PLAIN_CONVOLUTIONS, LearnedGroupConv2d, CondensedConv2d)
+        if not plain or not isinstance(module.bn, _BatchNorm) or bn.running_var is None:
+            continue
         weight = conv.masked_weight() if isinstance(conv, LearnedGroupConv2d) else conv.weight
         scale = weight.double().flatten(1).norm(dim=1).log2().round().exp2()
         variance = (bn.running_var.double() + bn.eps) / scale.square() - bn.eps  # what keeps (var + eps) / scale^2

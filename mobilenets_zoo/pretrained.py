@@ -50,7 +50,7 @@ class WeightEntry:
         file: file name in the package's weights folder.
         sha256: digest of the file.
         bytes: size of the file.
-        params: trainable parameters of the deployed model.
+        params: parameters of the deployed model.
         macs: multiply-adds of the deployed model at 32x32.
         top1: accuracy on the 10,000 test images, in percent.
         top5: likewise, the class among the five most likely.
@@ -247,8 +247,10 @@ def build_model(model_cls: type[ModelT], variant: str, pretrained: bool, **kwarg
         feature_cfg=dict(out_indices=(0, 1, 2), flatten_sequential=True),
         **kwargs,
     )
-    if isinstance(getattr(model, "pretrained_cfg", None), dict):
-        model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would carry the weights twice
+    for part in (model, getattr(model, "model", None)):  # with feature_cls="getter" the network is within
+        cfg = getattr(part, "pretrained_cfg", None)
+        if isinstance(cfg, dict):
+            cfg.pop("state_dict", None)  # or every copy of the model would carry the weights twice
     return model
 
 
@@ -298,8 +300,8 @@ def save_weights(model: nn.Module, path: Union[str, Path]) -> None:
         ValueError: a mask isn't finished, or a weight doesn't fit half precision.
         OSError: the file can't be written.
     """
-    model = normalise_(condense(model) if learned_layers(model) else copy.deepcopy(model))
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    model = normalise_((condense(model) if learned_layers(model) else copy.deepcopy(model)).cpu())
+    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, CondensedConv2d)):
             for key in state.keys() & {f"{name}.weight", f"{name}.bias"}:

@@ -18,8 +18,7 @@ class Profile:
     """Cost of one image.
 
     Attributes:
-        params: trainable parameters, or all of them where none is trainable, as in a network that
-            `optimize_for_inference` returns; a condensed layer's index is not one.
+        params: parameters; a condensed layer's index is not one.
         macs: multiply-adds of convolutions and linear layers, batch 1.
     """
 
@@ -67,5 +66,4 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
             if isinstance(module, kinds):
                 stack.enter_context(module.register_forward_hook(count))
         model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    return Profile(sum(trainable or [p.numel() for p in model.parameters()]), macs)
+    return Profile(sum(p.numel() for p in model.parameters()), macs)

@@ -122,6 +122,13 @@ def test_a_folder_is_a_name(run, photo, fine_tuned, tmp_path):
     assert (classifier.preprocessing, classifier.metadata["class_names"]) == (True, ["cat", "dog"])
 
 
+def test_info_of_masks_that_are_not_finished(run, tmp_path):
+    timm.models.save_for_hf(timm.create_model("mobilenetv2_lgc_cifar100"), tmp_path, safe_serialization=True)
+    code, text, err = run("info", f"local-dir:{tmp_path}", "--json")
+    assert code == 0, err
+    assert json.loads(text)["macs"] == 300_913_664
+
+
 def test_demo_classifies_a_photo_of_scikit_image(run, monkeypatch):
     code, out, err = run("predict", "--demo", "--top", 3)
     assert (code, err) == (0, "")

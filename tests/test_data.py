@@ -15,6 +15,7 @@ from PIL import Image
 
 from mobilenets_zoo.data import ImageSet, load_images, read_image
 from mobilenets_zoo.evaluation import evaluate
+from mobilenets_zoo.files import atomic_write
 
 TEST_PIXELS = "25298951534f6b9afdfd0676eff99bb482acc7b9a68051dfc6c35006f90af038"
 
@@ -145,6 +146,23 @@ def test_what_is_wrong_in_a_table_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_parquet_images_are_read_as_files_are(tmp_path):
+    deep = Image.fromarray(np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16))
+    contents = [encoded(deep), encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))]
+    pq.write_table(table(images=[{"bytes": content, "path": ""} for content in contents]), tmp_path / "test-0.parquet")
+    grey, white = load_images(tmp_path, "test").images
+    assert np.array_equal(grey, np.asarray(read_image(contents[0])))
+    assert 120 < grey.mean() < 135
+    assert (white == 255).all()
+
+
+def test_long_names_of_any_script_are_written(tmp_path):
+    path = tmp_path / ("好" * 80 + ".onnx")
+    with atomic_write(path, "w") as file:
+        file.write("whole")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
+
+
 @pytest.mark.parametrize("metadata", ["null", "[]", "3", '{"info": null}', '{"info": {"features": []}}'])
 def test_metadata_of_other_shapes_names_no_classes(tmp_path, metadata):
     pq.write_table(table(metadata=metadata), tmp_path / "test-00000-of-00001.parquet")
@@ -233,6 +251,13 @@ def test_evaluation_checks_first_what_fits(arguments, data, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, data, 2, done.append)
     assert not done
+
+
+def test_outputs_that_are_not_finite_are_no_result():
+    model = timm.create_model("mobilenetv1_w025_cifar100")
+    model.classifier.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        evaluate(model, made_up())
 
 
 def test_a_grey_model_is_evaluated_on_grey_images():

@@ -167,10 +167,14 @@ def test_every_format_is_read_and_nothing_hidden(folder):
     picture(0, 7).save(folder / "blue" / "more.GIF", format="gif")
     picture(0, 8).save(folder / "blue" / ".hidden.png")
     (folder / "blue" / "notes.txt").write_text("not an image")
+    (folder / "blue" / "folder.png").mkdir()
     (folder / ".thumbnails").mkdir()
     picture(0, 9).save(folder / ".thumbnails" / "0.png")
     train, test = read(folder)
     assert (train.classes, len(train) + len(test)) == (("blue", "red"), 13)
+    (folder / "red" / "moved.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(ValueError, match=r"moved\.png: No such file or directory; give a file that can be read"):
+        read(folder)
     shutil.rmtree(folder / "red")
     (folder / "red").mkdir()
     with pytest.raises(ValueError, match="red: holds no images"):
@@ -290,6 +294,22 @@ def test_the_result_stays_where_a_network_cannot_be_exported(folder, tmp_path, r
     assert "model.onnx isn't written: can't be exported; run pip install 'mobilenets-zoo[onnx]'" in err
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "result.json"}
     assert f"{json.loads((out / 'result.json').read_text())['evaluation']['top1']:.1f} %" in text
+
+
+def test_stopped_while_it_exports_and_resumed(folder, tmp_path, run, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mz, "export_onnx", stop)
+    arguments = ["finetune", W025, "--data", folder, "--out", tmp_path / "out", "--freeze"]
+    code, _, err = run(*arguments)
+    assert code == 130
+    assert "stopped; go on with --resume" in err
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(mz, "export_onnx", lambda *args, **kwargs: None)
+    assert run(*arguments, "--resume")[0] == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == written
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 def test_every_batch_has_at_least_two_images(tmp_path):

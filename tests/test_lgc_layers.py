@@ -217,7 +217,8 @@ def test_unbatched_and_strided_inputs_work():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_condensed_layer_under_autocast(memory_format):
-    layer = pruned(64, 256)
+    layer = mz.LearnedGroupConv2d(64, 256, 4, 4, bias=True).prune_(16)
     x = torch.randn(2, 64, 8, 8).to(memory_format=memory_format)
     with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == layer.condense()(x).dtype == torch.bfloat16
         assert mz.check_equivalent(layer, layer.condense(), x) <= 5e-2

@@ -38,7 +38,7 @@ def test_condense_copies_and_keeps_flags(training):
     model = lively("mobilenetv2_lgc_cifar100").train(training)
     model.blocks[0].eval()
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    condensed = model.condense()
+    condensed = mz.condense(model)
     assert torch.equal(random_state, torch.get_rng_state())
     assert mz.check_equivalent(condensed, mz.condense(condensed), torch.randn(2, 3, 32, 32)) == 0
     assert [m.training for m in condensed.modules()] == [m.training for m in model.modules()]

@@ -57,7 +57,11 @@ def test_fourteen_models_are_registered_with_the_data_they_take():
 def test_parameters_and_macs(name):
     profile = mz.profile(deployed(name))
     assert (profile.params, profile.macs) == COSTS[name]
-    assert mz.catalogue.deployed_profiles()[name] == profile
+    row = mz.catalogue.summary(name)
+    assert (row["params"], row["macs"]) == COSTS[name]
+    frozen = deployed(name)
+    frozen.stem.requires_grad_(False)
+    assert mz.profile(frozen) == profile
     if name in LGC_MODELS:  # the masked form counts as what it computes
         model = timm.create_model(name)
         assert mz.profile(model).macs > profile.macs

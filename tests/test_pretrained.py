@@ -117,6 +117,20 @@ def test_normalising_changes_no_output(options, dtype):
     assert new.bn.running_var[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("conv", "norm"),
+    [
+        (torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4)),
+        (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False)),
+        (timm.layers.ScaledStdConv2d(3, 4, 3), torch.nn.BatchNorm2d(4)),
+    ],
+)
+def test_what_cannot_be_normalised_stays(conv, norm):
+    module = torch.nn.ModuleDict({"conv": conv, "bn": norm})
+    before = copy.deepcopy(module.state_dict())
+    assert all(torch.equal(before[key], value) for key, value in normalise_(module).state_dict().items())
+
+
 @each_entry
 def test_pretrained_weights_adapt_to_other_heads_and_channels(entry):
     model = timm.create_model(entry.name, pretrained=True, num_classes=10, in_chans=1).eval()
@@ -125,6 +139,8 @@ def test_pretrained_weights_adapt_to_other_heads_and_channels(entry):
     assert torch.equal(model.blocks[0][0].depthwise.conv.weight, full.blocks[0][0].depthwise.conv.weight)
     maps = timm.create_model(entry.name, pretrained=True, features_only=True)(torch.randn(1, 3, 32, 32))
     assert [tuple(m.shape[2:]) for m in maps] == [(32, 32), (16, 16), (8, 8)]
+    getter = timm.create_model(entry.name, pretrained=True, features_only=True, feature_cls="getter")
+    assert "state_dict" not in getter.model.pretrained_cfg
 
 
 def test_a_model_without_weights_names_those_that_have_them(monkeypatch):

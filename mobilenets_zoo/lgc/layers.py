@@ -208,7 +208,7 @@ class CondensedConv2d(_GroupConv2d):
         if self.stride > 1:
             x = x[..., :: self.stride, :: self.stride]
         x = gather.condensed_conv2d(x, self.weight, self.index, self.groups)
-        return x if self.bias is None else x + self.bias[:, None, None]
+        return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]  # another one under autocast
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         index = state_dict.get(prefix + "index")

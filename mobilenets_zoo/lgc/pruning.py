@@ -108,6 +108,8 @@ def prune_groups(
     layers = learned_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to prune")
+    if next(model.parameters()).device.type == "mps":
+        raise ValueError("pruning needs double precision, which this device lacks: move the model to the CPU")
     if isinstance(images, torch.Tensor):
         pixels = BATCH_PIXELS["cuda" if next(model.parameters()).is_cuda else "cpu"]
         images = images.split(max(1, pixels // max(1, images.shape[-2:].numel()))) if images.ndim else [images]
