@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--record", action="store_true", help="keep result and log, not the weight")
     keep.add_argument("--bundle", action="store_true", help="make it the package's weight")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cpu", help="by default the one that all kept results are of")
     args = parser.parse_args(argv)
     keep_freed_memory()
     try:

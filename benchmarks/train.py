@@ -2,12 +2,11 @@
 
     python benchmarks/train.py RECIPE.toml [RECIPE.toml ...] --data DIR --out DIR [--resume]
 
-The folder given by --out receives, per model, DIR/NAME.TAG/ with `log.csv` (a row per epoch: losses, accuracies, the
-largest weights and variances, the share of dead channels), `masks.json` (masks and Hoyer index of learned group
-convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to measure with
-benchmarks/evaluate.py), and for all of them `checkpoint.pt` and `run.json` (hardware and versions). With one recipe
-everything lies in DIR itself. Several recipes see the same batches; on a GPU they fill one another's gaps. Test images
-are never read.
+The folder given by --out receives, per model, DIR/NAME.TAG/ with `run.json` (hardware and versions), `log.csv` (a row
+per epoch: losses, accuracies, the largest weights and variances, the share of dead channels), `masks.json` (masks and
+Hoyer index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to
+measure with benchmarks/evaluate.py), and for all of them `checkpoint.pt`. With one recipe everything lies in DIR.
+Several recipes see the same batches; on a GPU they fill one another's gaps. Test images are never read.
 """
 
 import argparse
@@ -71,7 +70,9 @@ class Trainer:
         holdout: mz.data.ImageSet | None,
         device: torch.device,
         out: Path,
+        resumed: bool = False,
     ):
+        """`resumed` leaves out what `load` replaces anyway: the start from other weights."""
         self.recipe, self.holdout, self.device, self.out = recipes[0], holdout, device, out
         self.images = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
@@ -87,7 +88,8 @@ class Trainer:
         self.students = []
         for recipe in recipes:
             folder = out if len(recipes) == 1 else out / recipe.name
-            self.students.append(Student(recipe, self.num_classes, self.total_steps, device, folder, self.images))
+            args = recipe, self.num_classes, self.total_steps, device, folder, self.images, resumed
+            self.students.append(Student(*args))
         cfg: dict[str, Any] = self.students[0].model.pretrained_cfg  # type: ignore[assignment]
         self.mean, self.std = cfg["mean"], cfg["std"]
         self.graph = Graph(self.students) if all(student.capturable for student in self.students) else None
@@ -95,7 +97,7 @@ class Trainer:
         self.epoch_seconds = 0.0
         self.stop_reason = ""
 
-    def batch(self, plan: Plan, i: int, size: int) -> list[torch.Tensor]:
+    def batch(self, plan: Plan, i: int, size: int, taught: bool = True) -> list[torch.Tensor]:
         """Returns the plan's batch i: images (B, 3, size, size), hard and, where a teacher is, soft targets."""
         recipe, part = self.recipe, slice(i * self.recipe.batch_size, (i + 1) * self.recipe.batch_size)
         indices, views = plan.order[part], plan.views[part]
@@ -110,7 +112,7 @@ class Trainer:
             seen[:, rows, columns] = seen[:, rows, columns].flip(0)
             share = (rows.stop - rows.start) * (columns.stop - columns.start) / seen[0, :, :, 0].numel()
             targets = [torch.lerp(target, target.flip(0), share) for target in targets]
-        if self.teacher is not None:
+        if taught and self.teacher is not None:
             targets.append(self.teacher(seen, recipe.temperature))
         return [resize(preprocess(seen, self.mean, self.std), size), *targets]
 
@@ -233,7 +235,7 @@ class Trainer:
         for student in self.students:
             model, steps = student.average.module, min(student.recipe.bn_batches, self.steps_per_epoch)
             if steps:
-                batches = (self.batch(plan, i, self.recipe.sizes[-1][1])[0] for i in range(steps))
+                batches = (self.batch(plan, i, self.recipe.sizes[-1][1], taught=False)[0] for i in range(steps))
                 torch.optim.swa_utils.update_bn(batches, model)
             mz.save_weights(model, student.out / "model.safetensors")
 
@@ -264,8 +266,6 @@ class Graph:
             self.eager_steps += 1
             return
         if self.graph is None:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._update()
@@ -309,6 +309,7 @@ def held_out(labels: np.ndarray, parts: int = 10, seed: int = 100) -> np.ndarray
 
 
 def train(args: argparse.Namespace) -> int:
+    begun = time.monotonic()
     recipes = [load_recipe(path) for path in args.recipes]
     for field in SHARED_FIELDS:
         if len({str(getattr(recipe, field)) for recipe in recipes}) > 1:
@@ -326,12 +327,13 @@ def train(args: argparse.Namespace) -> int:
         held = held_out(data.labels)
         data, holdout = data.subset(~held), data.subset(held)
         labels = labels.subset(~held) if labels is not None else None
-    trainer = Trainer(recipes, data, labels, holdout, device, args.out)
+    trainer = Trainer(recipes, data, labels, holdout, device, args.out, resumed=checkpoint.exists())
     if checkpoint.exists():
         trainer.load()
     for student in trainer.students:
         student.out.mkdir(parents=True, exist_ok=True)
-    mz.files.write_json(args.out / "run.json", {**environment(str(device)), "together": len(recipes)})
+        if trainer.step < trainer.total_steps:  # else nothing is left to train on this machine
+            mz.files.write_json(student.out / "run.json", {**environment(str(device)), "together": len(recipes)})
     trainer.save()  # what can't be written shows before the training
 
     def on_sigterm(*_: Any) -> None:
@@ -339,7 +341,7 @@ def train(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, on_sigterm)
     with progress_bar() as progress:
-        finished = trainer.run(progress, args.time_budget)
+        finished = trainer.run(progress, args.time_budget - (time.monotonic() - begun))
     if finished:
         trainer.finish()
     else:
@@ -354,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="CIFAR-100 or CIFAR-10: Parquet folder, torchvision root, Hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, logs and weights")
     parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint if there is one")
-    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS", help="stop, resumable, then")
+    help_budget = "stop, resumable, so long after the command was given, but for what it imports"
+    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS", help=help_budget)
     parser.add_argument("--holdout", action="store_true", help="train on 45,000 images, report on the other 5,000")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mobilenets_zoo.data import ImageSet
-from mobilenets_zoo.profiling import eval_mode
+from mobilenets_zoo.profiling import eval_mode, input_size_of
 
 __all__ = ["Evaluation", "evaluate", "per_channel", "preprocess"]
 
@@ -48,9 +48,9 @@ def per_channel(values: Any, channels: int) -> tuple[float, ...]:
 
 def preprocess(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Maps uint8 (N, H, W, C) to normalised float32 (N, C, H, W) in channels_last memory format."""
-    scale = torch.tensor(std, device=images.device) * 255.0
-    shift = torch.tensor(mean, device=images.device) / torch.tensor(std, device=images.device)
-    return (images.float() / scale - shift).permute(0, 3, 1, 2)
+    # Made where the images are: a GPU would be waited for to copy them.
+    means, stds = (torch.stack([images.new_full((), v, dtype=torch.float32) for v in part]) for part in (mean, std))
+    return (images.float() / (stds * 255.0) - means / stds).permute(0, 3, 1, 2)
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -79,7 +79,7 @@ def evaluate(
     if not len(data):
         raise ValueError("there are no images to measure the model on")
     _, height, width, channels = data.images.shape
-    size = (getattr(model, "in_chans", cfg["input_size"][0]), *cfg["input_size"][1:])
+    size = input_size_of(model)
     if size != (channels, height, width):
         raise ValueError(f"the model takes images of {size}, the data has {(channels, height, width)}")
     names = tuple(map(str, cfg.get("label_names") or data.classes))

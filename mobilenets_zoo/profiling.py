@@ -4,13 +4,14 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import nn
 
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 
-__all__ = ["Profile", "eval_mode", "profile"]
+__all__ = ["Profile", "eval_mode", "input_size_of", "profile"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+def input_size_of(model: nn.Module) -> Optional[tuple[int, int, int]]:
+    """Returns (channels, height, width) of what a model takes, by its `pretrained_cfg`; None where it has none."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return size and (getattr(model, "in_chans", size[0]), *size[1:])  # timm's configuration keeps the weights' channels
 
 
 @torch.no_grad()

@@ -364,6 +364,14 @@ def test_nothing_to_convert():
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 1), match=lambda name, module: False)
     with pytest.raises(ValueError, match="3x3"):
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match="its block merges weights"):  # and knows no mask
+        mz.to_learned_group_conv(timm.create_model("repvgg_a0", num_classes=10))
+
+
+def test_macs_are_counted_with_the_channels_that_a_network_takes():
+    model = timm.create_model("mobilenetv1_w025_cifar100", in_chans=1)
+    _, report = mz.to_learned_group_conv(model)
+    assert report.before == mz.profile(model, (1, 32, 32))
 
 
 @pytest.mark.parametrize("condensed", [False, True])

@@ -63,11 +63,13 @@ def test_preprocessing_inside_is_timms_own(tmp_path):
 
 
 def test_other_heads_channels_and_sizes(tmp_path):
-    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", num_classes=7, in_chans=1))
-    network = mz.optimize_for_inference(model)
-    mz.export_onnx(network, tmp_path / "model.onnx", preprocessing=True, input_size=(1, 48, 40))
+    size = dict(pretrained_cfg_overlay=dict(input_size=(3, 48, 40)))
+    model = with_random_masks(timm.create_model("mobilenetv2_lgc_cifar100", num_classes=7, in_chans=1, **size))
+    mz.export_onnx(mz.optimize_for_inference(model), tmp_path / "model.onnx", preprocessing=True)
     images = np.zeros((2, 48, 40, 1), dtype=np.uint8)
-    assert mz.OnnxClassifier(tmp_path / "model.onnx")(images).shape == (2, 7)
+    classifier = mz.OnnxClassifier(tmp_path / "model.onnx")
+    assert classifier(images).shape == (2, 7)
+    assert classifier.metadata["class_names"] is None  # the configuration still has a hundred
 
 
 def test_int8_chain_has_no_gap(tmp_path):
@@ -108,8 +110,11 @@ def test_a_mismatch_leaves_the_old_file(tmp_path, monkeypatch):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="names no input size"):
         mz.export_onnx(nn.Conv2d(3, 4, 1), "x.onnx")
-    with pytest.raises(ValueError, match=r"must be \(N, 32, 32, 3\)"):
-        mz.export_onnx(lively(WEIGHTS), "x.onnx", calibration_images=np.zeros((4, 28, 28, 3), np.uint8))
+    for images in (np.zeros((4, 28, 28, 3), np.uint8), np.zeros((4, 32, 32, 3)), np.zeros((0, 32, 32, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"must be uint8 \(N, 32, 32, 3\)"):
+            mz.export_onnx(lively(WEIGHTS), "x.onnx", calibration_images=images)
+    with pytest.raises(ValueError, match="probabilities of 1 classes say nothing"):
+        mz.export_onnx(timm.create_model(WEIGHTS, num_classes=1), "x.onnx", preprocessing=True)
 
 
 def test_exporting_leaves_random_state_and_logging_alone(tmp_path):

@@ -330,15 +330,23 @@ def test_without_an_average_the_last_weights_are_kept(tmp_path, data, trainers, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_gpu_trains_learned_groups_without_an_average(tmp_path, data):
+def test_a_gpu_trains_students_together_stops_and_goes_on_anywhere(tmp_path, data, labelled):
+    """Two networks in one graph, a teacher outside it, two sizes; from the GPU to the CPU and back."""
+    shutil.copytree(labelled[1], tmp_path / "teacher")
+    shutil.copy(labelled[0], tmp_path / "teacher" / "recipe.toml")
     changes = dict(epochs=6, ema_decay=0, bn_batches=2, optimizer="nmuon", lr=0.02, precision="bf16")
-    recipe = write_recipe(tmp_path, LGC, **changes)
-    assert run(recipe, data, tmp_path / "out", "--device", "cuda", "--holdout") == 0
-    rows = log(tmp_path / "out")
-    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    model = evaluate.create(load_recipe(recipe), tmp_path / "out", 10, "cpu")
-    condensed = evaluate.create(load_recipe(recipe), tmp_path / "out", 10, "cpu", condensed=True)
-    mz.check_equivalent(model, condensed, torch.randn(4, 3, 32, 32))
+    changes.update(teacher=str(tmp_path / "teacher"), kd_weight=0.9, ce_weight=0.1, sizes=[[0.5, 8], [0.5, 16]])
+    recipes = [write_recipe(tmp_path, text, name, **changes) for text, name in ((BASE, "a"), (LGC, "b"))]
+    out, part = tmp_path / "out", ("--holdout", "--resume", "--time-budget", "0")
+    for device in ("cuda", "cpu", "cuda"):
+        assert run(recipes, data, out, "--device", device, *part) == 0
+    assert run(recipes, data, out, "--device", "cuda", "--holdout", "--resume") == 0
+    for recipe in map(load_recipe, recipes):
+        folder = out / recipe.name
+        rows = log(folder)
+        assert len(rows) == 6
+        assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+        assert evaluate.measure(recipe, folder, data, "cuda")["evaluation"]["images"] == 40
 
 
 def test_holdout_is_fixed_balanced_and_disjoint():
@@ -518,7 +526,25 @@ def test_students_share_batches_and_soft_labels(tmp_path, data, labelled):
     assert run([a, b], data, tmp_path / "both") == 0
     assert run(a, data, tmp_path / "alone") == 0
     assert same_outcome(tmp_path / "both" / "mobilenetv1_w025_cifar100.test", tmp_path / "alone")
-    assert (tmp_path / "both" / "mobilenetv2_lgc_cifar100.test" / "masks.json").exists()
+    learned = tmp_path / "both" / "mobilenetv2_lgc_cifar100.test"
+    assert (learned / "masks.json").exists()
+    assert evaluate.measure(load_recipe(b), learned, data, "cpu")["training"]["together"] == 2
+
+
+def test_a_state_goes_on_with_the_optimisers_settings_of_its_device(tmp_path):
+    """On a GPU the learning rate is a tensor that a CUDA graph reads."""
+    recipe = load_recipe(write_recipe(tmp_path, LGC, optimizer="nmuon"))
+    learner = Student(recipe, 10, 100, torch.device("cpu"), tmp_path)
+    learner.update(torch.randn(4, 3, 8, 8), F.one_hot(torch.arange(4), 10).float())
+    state = copy.deepcopy(learner.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group.update(lr=torch.tensor(0.5), capturable=True)
+    other = Student(recipe, 10, 100, torch.device("cpu"), tmp_path, resumed=True)
+    other.load_state_dict(state)
+    assert {group["lr"] for group in other.optimizer.param_groups} == {recipe.lr}
+    for each in (learner, other):
+        each.update(torch.ones(4, 3, 8, 8), F.one_hot(torch.arange(4), 10).float())
+    assert all(map(torch.equal, learner.model.parameters(), other.model.parameters()))
 
 
 def test_soft_labels_of_other_images_or_crops_are_refused(tmp_path, data, labelled, capsys):

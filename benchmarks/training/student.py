@@ -47,12 +47,16 @@ class Student:
         device: torch.device,
         out: Path,
         images: Optional[torch.Tensor] = None,
+        resumed: bool = False,
     ):
-        """`images` are the training images, uint8 (N, H, W, 3), of which some calibrate, where the recipe says so."""
+        """`images` are the training images, uint8 (N, H, W, 3), of which some calibrate, where the recipe says so.
+
+        `resumed` leaves out the start from other weights, which `load_state_dict` would replace.
+        """
         self.recipe, self.out, self.total_steps = recipe, out, total_steps
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
-        if recipe.init_from:
+        if recipe.init_from and not resumed:
             start_from(model, recipe.init_from, recipe.init_sha256, self._calibration(model, images))
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
         # In step n, from 0 on, the decay is n / (n + 10), and ema_decay at most.
@@ -71,7 +75,7 @@ class Student:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.log: list[dict[str, float]] = []
         self.masks: list[dict[str, Any]] = []
-        if self.learned and recipe.calibration_images:
+        if self.learned and recipe.calibration_images and not resumed:
             self._record_masks(progress=0.0)
 
     def _calibration(self, model: nn.Module, images: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -174,6 +178,8 @@ class Student:
         self.average.module.load_state_dict(state["average"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+        for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            saved.update({key: own[key] for key in ("lr", "capturable") if key in own})  # they are the device's
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums.copy_(state["sums"])
         self.log, self.masks = state["log"], state["masks"]

@@ -117,9 +117,10 @@ const current = (mine, promise) => Promise.resolve(promise).then((value) => mine
 
 async function startRuntime(backend) {
   if (!window.WebAssembly) throw new Error("This browser runs no WebAssembly; allow it or use another browser.");
-  const { module, glue, wasm } = catalogue.runtime[backend];
-  const [ort, binary] = await Promise.all([import(`./${module.file}`), download(wasm.file)]);
-  const wasmPaths = { mjs: new URL(glue.file, import.meta.url).href };
+  const { module, glue, wasm } = catalogue.runtime[backend], get = () => download(wasm.file);
+  const refuse = () => { throw new Error(`The file ${module.file} can't be loaded; reload the page.`); };
+  const loading = [import(`./${module.file}`).catch(refuse), once(files, wasm.file, get)];
+  const [ort, binary] = await Promise.all(loading), wasmPaths = { mjs: new URL(glue.file, import.meta.url).href };
   Object.assign(ort.env.wasm, { wasmBinary: binary.buffer, wasmPaths, numThreads: threads() });
   return ort;
 }
@@ -132,8 +133,7 @@ function classify() {
   const wanted = [catalogue.runtime[backend].wasm, ...networks], bar = $("progress");
   const left = () => wanted.reduce((sum, { file, bytes }) => sum + bytes - (received.get(file) ?? 0), 0);
   const total = left();
-  $("error").hidden = true;
-  $("cards").replaceChildren();
+  $("error").hidden = true; $("cards").replaceChildren();
   $("status").textContent = total ? `Fetching ${millions(total)} MB` : "Running";
   Object.assign(bar, { max: total, value: 0, hidden: !total });
   const watch = setInterval(() => { if (mine === turn) bar.value = total - left(); }, 50);

@@ -23,6 +23,7 @@ from mobilenets_zoo.files import atomic_write
 from mobilenets_zoo.inference.optimize import FoldedConv2d
 from mobilenets_zoo.inference.rewrites import as_convolution
 from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent, learned_layers
+from mobilenets_zoo.profiling import input_size_of
 
 __all__ = ["OnnxClassifier", "calibration_images", "export_onnx", "onnx_top1"]
 
@@ -76,20 +77,26 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxruntime or onnxscript is missing, or torch is too old.
-        ValueError: the outputs in ONNX Runtime differ, the input size isn't known or doesn't fit the images, or
-            preprocessing or calibration needs a mean and a standard deviation that the model doesn't name.
+        ValueError: the outputs in ONNX Runtime differ, the input size isn't known or doesn't fit the images, these
+            aren't uint8, preprocessing or calibration needs a mean and a standard deviation that the model doesn't
+            name, or probabilities are asked of fewer than two classes.
         OSError: the file can't be written.
     """
     _import_runtime()
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    size = input_size or cfg.get("input_size")
+    size = input_size or input_size_of(model)
+    classes = getattr(model, "num_classes", None)
+    if preprocessing and classes in (0, 1):
+        raise ValueError(f"probabilities of {classes} classes say nothing; leave preprocessing out")
+    if classes is not None and len(cfg.get("label_names") or ()) != classes:  # of the classes it once had
+        cfg["label_names"] = None
     if size is None:
         raise ValueError(f"{type(model).__name__} names no input size; pass input_size=(channels, height, width)")
     channels, height, width = size
-    if calibration_images is not None and calibration_images.shape[1:] != (height, width, channels):
-        raise ValueError(
-            f"calibration_images must be (N, {height}, {width}, {channels}), not {calibration_images.shape}"
-        )
+    if calibration_images is not None:
+        given, kind = calibration_images.shape, calibration_images.dtype
+        if given[1:] != (height, width, channels) or kind != np.uint8 or not len(calibration_images):
+            raise ValueError(f"calibration_images must be uint8 (N, {height}, {width}, {channels}), not {kind} {given}")
     if (preprocessing or calibration_images is not None) and not {"mean", "std"} <= cfg.keys():
         raise ValueError(
             f"{type(model).__name__} names no mean and std to normalise with; set model.pretrained_cfg = "
@@ -176,7 +183,7 @@ def _import_runtime() -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error.name} is missing; run pip install 'mobilenets-zoo[onnx]'") from error
-    if not hasattr(torch.onnx, "ONNXProgram") or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ImportError(f"ONNX export needs torch 2.6 or newer, this is {torch.__version__}")
     return onnxruntime
 

@@ -72,7 +72,7 @@ class OptimizedNetwork(nn.Module):
         self.stem, self.blocks, self.head_conv = stem, blocks, head_conv
         self.global_pool, self.classifier = copy.deepcopy(model.global_pool), copy.deepcopy(model.classifier)
         self.num_classes, self.in_chans = model.num_classes, model.in_chans
-        self.pretrained_cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+        self.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "OptimizedNetwork":

@@ -47,14 +47,10 @@ def merge_groups(convolution: Convolution, merge: int) -> Convolution:
     More multiply-adds, but groups that are too narrow for the registers cost more than the zeros do.
     """
     weight, groups = convolution.weight, convolution.groups
-    outputs, inputs = len(weight) // groups, weight.shape[1]
-    merged = weight.new_zeros(groups // merge, merge, outputs, merge, inputs, *weight.shape[2:])
-    blocks = weight.reshape(groups // merge, merge, outputs, inputs, *weight.shape[2:])
-    for i in range(merge):
-        merged[:, i, :, i] = blocks[:, i]
-    return replace(
-        convolution, weight=merged.reshape(len(weight), merge * inputs, *weight.shape[2:]), groups=groups // merge
-    )
+    blocks = weight.reshape(groups // merge, merge, len(weight) // groups, 1, *weight.shape[1:])
+    merged = blocks * torch.eye(merge).to(weight).reshape(merge, 1, merge, 1, 1, 1)
+    shape = (len(weight), merge * weight.shape[1], *weight.shape[2:])
+    return replace(convolution, weight=merged.reshape(shape), groups=groups // merge)
 
 
 def spread_over_inputs(convolution: Convolution, in_channels: int) -> Convolution:
@@ -161,7 +157,7 @@ def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
     if index is not None:
         alive &= torch.zeros_like(alive).index_fill_(0, index, True)
     else:  # the projection's groups divide the channels, too
-        groups = max(groups, projection.groups)
+        groups = math.lcm(groups, projection.groups)
     size = hidden // groups
     alive = alive.reshape(groups, size)
     multiple = SIMD_CHANNELS // (1 if _is_blocked(expansion) else math.gcd(SIMD_CHANNELS, groups))

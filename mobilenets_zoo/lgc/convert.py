@@ -11,7 +11,7 @@ from torch import nn
 
 from mobilenets_zoo.lgc.condense import condense, learned_layers
 from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
-from mobilenets_zoo.profiling import Profile, profile
+from mobilenets_zoo.profiling import Profile, input_size_of, profile
 
 __all__ = ["ConversionReport", "to_learned_group_conv"]
 
@@ -69,11 +69,15 @@ def to_learned_group_conv(
         ValueError: no layer can be converted or `match` chose none; the message says why.
     """
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    blocks = [block for block in model.modules() if hasattr(block, "reparameterize")]
+    merged = {module for block in blocks for module in block.modules()}
     left: dict[str, str] = {}
     learned: dict[int, LearnedGroupConv2d] = {}  # by identity, so that a shared layer stays shared
     converted = []
     for name, module in convolutions.items():
         reason = _obstacle(module, groups, condense_factor)
+        if reason is None and module in merged:
+            reason = "its block merges weights: call timm.utils.reparameterize_model first"
         if reason is None and match is not None and not match(name, module):
             reason = "not matched"
         if reason is not None:
@@ -87,8 +91,7 @@ def to_learned_group_conv(
     # deepcopy takes what the memo holds for an object instead of copying it.
     result = copy.deepcopy(model, memo=dict(learned))
 
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = input_size or tuple(cfg.get("input_size", (3, 224, 224)))
+    size = input_size or input_size_of(model) or (3, 224, 224)
     finished = copy.deepcopy(result)
     for layer in learned_layers(finished).values():
         layer.prune_(layer.in_channels // layer.condense_factor)
