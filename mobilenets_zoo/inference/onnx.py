@@ -87,7 +87,7 @@ def export_onnx(
     size = input_size or input_size_of(model)
     classes = getattr(model, "num_classes", None)
     if preprocessing and classes in (0, 1):
-        raise ValueError(f"probabilities of {classes} classes say nothing; leave preprocessing out")
+        raise ValueError(f"probabilities need two classes or more, the model has {classes}; leave preprocessing out")
     if classes is not None and len(cfg.get("label_names") or ()) != classes:  # of the classes it once had
         cfg["label_names"] = None
     if size is None:
