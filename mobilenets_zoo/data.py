@@ -155,6 +155,8 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         members = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
         held = np.concatenate([positions[: max(1, len(positions) // 5)] for positions in members])
         chosen = np.sort(held) if split == "test" else np.setdiff1d(np.arange(len(labels)), held)
+        if not len(chosen):
+            raise ValueError(f"{source}: at least two images of a class are needed, one to train and one to test with")
         images, labels = [images[position] for position in chosen], labels[chosen]
     geometry = create_transform(**resolve_model_data_config(model), normalize=False)
     opened = (read_image(image) if isinstance(image, Path) else Image.fromarray(image) for image in track(images))

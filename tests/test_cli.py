@@ -74,7 +74,7 @@ def test_list_shows_whole_names_at_any_width(run, monkeypatch, width, columns):
     _, out, _ = run("list")
     assert max(map(len, out.splitlines())) <= width
     assert width < 30 or all(name in out for name in ALL_MODELS)
-    assert {line.count("│") for line in out.splitlines() if "│" in line} in ({columns - 1}, set())
+    assert {line.count("│") for line in out.splitlines() if "│" in line} == ({columns - 1} if columns > 1 else set())
     words = " ".join(out.split())
     assert "…" not in words
     assert f"on one thread of {json.loads(run('list', '--json')[1])[0]['processor']}" in words
@@ -109,17 +109,13 @@ def fine_tuned(tmp_path_factory):
     return f"local-dir:{folder}"
 
 
-def test_a_folder_is_a_name(run, photo, fine_tuned, tmp_path):
+def test_a_folder_is_a_name(run, photo, fine_tuned):
     document = json.loads(run("predict", photo, "--model", fine_tuned, "--json")[1])
     assert document["model"] == fine_tuned
     assert {row["class"] for row in document["images"][0]["predictions"]} == {"cat", "dog"}
     document = json.loads(run("info", fine_tuned, "--json")[1])
     assert (document["params"], document["weights"]) == (1_073_796 - 98 * 1281, None)
     assert fine_tuned in run("info", fine_tuned)[1]
-    code, _, err = run("export", fine_tuned, tmp_path / "model.onnx", "--optimized", "--with-preprocessing")
-    assert code == 0, err
-    classifier = mz.OnnxClassifier(tmp_path / "model.onnx")
-    assert (classifier.preprocessing, classifier.metadata["class_names"]) == (True, ["cat", "dog"])
 
 
 def test_info_of_masks_that_are_not_finished(run, tmp_path):
@@ -225,10 +221,12 @@ def test_a_model_without_weights_is_one_line(run, photo, monkeypatch):
     assert ENTRY.name in one_line_error(err)
 
 
-def test_predict_takes_the_most_accurate_network_under_ten_milliseconds(run, photo):
+def test_predict_takes_the_most_accurate_network_that_is_fast_enough(run, photo, monkeypatch):
     rows = {row["name"]: row for row in json.loads(run("list", "--json")[1])}
-    fast = {name: row["weights"]["top1"] for name, row in rows.items() if row["ms"] < 10}
-    assert len(fast) < len(rows)  # the limit excludes some
+    limit = sorted(row["ms"] for row in rows.values())[len(rows) // 2]
+    monkeypatch.setattr(catalogue, "FAST_MS", limit)
+    fast = {name: row["weights"]["top1"] for name, row in rows.items() if row["ms"] < limit}
+    assert fast
     model = json.loads(run("predict", photo, "--json")[1])["model"]
     assert fast[model.partition(".")[0]] == max(fast.values())
 

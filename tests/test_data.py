@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-from mobilenets_zoo.data import ImageSet, load_images, read_image
+from mobilenets_zoo.data import ImageSet, load_images, read_image, read_split
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.files import atomic_write
 
@@ -75,6 +75,9 @@ def test_torchvision_root(tmp_path, monkeypatch):
     assert data.labels.tolist() == [1, 0]
     assert data.classes == ("x", "y")
     assert load_images(folder, "test").classes == ("x", "y")
+    model = timm.create_model("mobilenetv1_w025_cifar100", device="meta")
+    for source in (tmp_path, folder):
+        assert read_split(source, "test", model).labels.tolist() == [1, 0]
     (folder / "test").write_bytes(b"altered")
     with pytest.raises(ValueError, match="torchvision can't read CIFAR100"):
         load_images(tmp_path, "test")
@@ -204,6 +207,15 @@ def test_folders_without_data_say_what_is_expected(tmp_path):
         load_images(tmp_path, "validation")
 
 
+def test_a_hub_id_reads_what_was_downloaded(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "x" / "test-0.parquet", [4])
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (asked.append((a, k)), str(tmp_path))[1])
+    model = timm.create_model("mobilenetv1_w025_cifar100", device="meta")
+    assert read_split("uoft-cs/cifar100", "test", model).labels.tolist() == [1]
+    assert asked == [(("uoft-cs/cifar100",), {"repo_type": "dataset", "allow_patterns": ["*test-*.parquet"]})]
+
+
 def test_hub_errors_are_one_line(monkeypatch):
     def fail(*_, **__):
         raise OSError("offline\nlong explanation")
@@ -229,6 +241,26 @@ def test_evaluation_counts_what_occurs_and_restores_the_mode():
     assert "NaN" not in json.dumps(result.to_dict())
 
 
+def test_scores_follow_their_definitions():
+    right, wrong = [0.9, *5 * [0.02]], [0.64, 0.08, *4 * [0.07]]
+    rows = torch.tensor([right, [0.62, 0.3, *4 * [0.02]], [0.3, 0.25, 0.05, 0.15, 0.15, 0.1], wrong])
+
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pretrained_cfg = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+            self.scale, self.rows = torch.nn.Parameter(torch.ones(())), iter(rows.log())
+
+        def forward(self, x):
+            return torch.stack([next(self.rows) for _ in x])
+
+    result = evaluate(Fixed(), made_up(images=4, classes=6), batch_size=3)  # of classes 0, 1, 2, 0
+    assert (result.top1, result.top5, result.per_class) == (50, 75, (100, 0, 0, None, None, None))
+    assert result.loss == pytest.approx(-np.log([0.9, 0.3, 0.05, 0.64]).mean())
+    # By bins of a 15th: 0.9 is right; of 0.62 and 0.64 one is; 0.3 is wrong.
+    assert result.ece == pytest.approx(100 * (0.1 + 0.26 + 0.3) / 4, abs=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_evaluation_in_the_models_precision(dtype):
     model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
@@ -251,6 +283,7 @@ def test_evaluation_checks_first_what_fits(arguments, data, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, data, 2, done.append)
     assert not done
+    assert model.training
 
 
 def test_outputs_that_are_not_finite_are_no_result():

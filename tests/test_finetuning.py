@@ -99,6 +99,9 @@ def test_freezing_keeps_the_trunk_and_its_result_is_tuned_again(folder, tmp_path
     assert code == 0
     assert "model.onnx isn't written: onnx is missing" in err
     assert list(timm.create_model(f"local-dir:{out}").pretrained_cfg["input_size"]) == [3, 24, 24]
+    (out / "model.onnx").write_bytes(b"of other weights")
+    assert run(*command, "--force")[0] == 0
+    assert not (out / "model.onnx").exists()
     (folder / "red" / "0.png").write_bytes(b"nothing")
     code, _, err = run(*command, "--force")
     assert code == 2
@@ -205,6 +208,10 @@ def test_only_a_pretrained_start_takes_smaller_steps_near_the_input():
         run = finetuning.Run(finetuning.create(W025, settings), images, settings)
         steps = {group["lr"] * group.get("lr_scale", 1.0) for group in run.optimizer.param_groups}
         assert (len(steps) == 1) == scratch
+        assert max(steps) == pytest.approx(finetuning.LR * (1 if scratch else (len(images) / 1000) ** 0.5))
+        for flip in (True, False):
+            run = finetuning.Run(run.model, images, Settings(flip=flip))
+            assert run.view.transforms[1].p == 0.5 * flip
 
 
 class Interrupting(Progress):
@@ -312,6 +319,17 @@ def test_stopped_while_it_exports_and_resumed(folder, tmp_path, run, monkeypatch
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
+def test_stopped_before_anything_was_learned(folder, tmp_path, run, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning.Run, "fit_classifier", stop)
+    code, _, err = run("finetune", W025, "--data", folder, "--out", tmp_path / "out")
+    assert code == 130
+    assert "stopped before anything was learned" in err
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_every_batch_has_at_least_two_images(tmp_path):
     """A map of one pixel, as this network's last one is at 32 pixels, and one image give BatchNorm a single value."""
     images = mz.data.ImageSet(np.zeros((11, 32, 32, 3), np.uint8), np.arange(11) % 2, ("blue", "red"))
@@ -321,7 +339,7 @@ def test_every_batch_has_at_least_two_images(tmp_path):
         assert "epoch 1/1" in run.epoch(progress, None)
 
 
-def test_any_timm_network_is_tuned_and_an_unfinished_one_is_exported(folder, tmp_path, run):
+def test_any_timm_network_is_tuned_and_an_unfinished_one_is_exported(folder, tmp_path, run, monkeypatch):
     """From a folder as timm writes it, over one that was interrupted, to one that the commands read."""
     foreign = timm.create_model("mobilenetv3_small_050", num_classes=3)
     timm.models.save_for_hf(foreign, tmp_path / "foreign", safe_serialization=True)
@@ -334,6 +352,7 @@ def test_any_timm_network_is_tuned_and_an_unfinished_one_is_exported(folder, tmp
     code, _, err = run("export", f"local-dir:{out}", tmp_path / "model.onnx", "--with-preprocessing")
     assert code == 0, err
     assert mz.OnnxClassifier(tmp_path / "model.onnx").metadata["class_names"] == ["blue", "red"]
+    monkeypatch.setattr(mz, "export_onnx", lambda *args, **kwargs: None)  # once is enough
     result = finetune(folder, out, name, resume=True, **settings)
     assert len(result["history"]) == 3
     picture(1, 99).save(tmp_path / "red.png")
@@ -346,7 +365,9 @@ def test_what_was_trained_with_is_what_is_measured_with(tmp_path, run, monkeypat
     photos, out = tmp_path / "photos", tmp_path / "out"
     make_folder(photos)
     (photos / "red").rename(photos / "red[b]")
-    code, text, err = run("finetune", W025, "--data", photos, "--out", out, "--freeze", "--size", 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(mz, "export_onnx", lambda *args, **kwargs: None)
+        code, text, err = run("finetune", W025, "--data", photos, "--out", out, "--freeze", "--size", 24)
     assert code == 0, err
     code, measured, err = run("evaluate", f"local-dir:{out}", "--data", photos, "--json")
     assert code == 0, err
@@ -376,6 +397,7 @@ def test_the_average_holds_its_share_of_the_start(folder):
         if run.steps == 1:
             torch.testing.assert_close(average, finetuning.START_SHARE * start + (1 - finetuning.START_SHARE) * last)
         assert (average - start).norm() < (last - start).norm()
+        assert run.average.decay ** (run.epochs * run.steps) == pytest.approx(finetuning.START_SHARE)
 
 
 def test_a_killed_writer_leaves_nothing_that_stands_in_the_way(folder, tmp_path, without_onnx):
@@ -422,6 +444,8 @@ def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):
         (["--device", "meta"], "meta"),
         (["local-dir:full"], "local-dir:full can't be loaded: "),
         (["--lr", "1e6"], "the loss diverges"),
+        (["--data", "single"], "single: at least two images of a class are needed"),
+        (["--data", "differing"], "training images are of ('blue', 'red'), test images of ('blue', 'green')"),
     ],
 )
 def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypatch):
@@ -429,6 +453,10 @@ def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypa
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "full" / "config.json").write_text("{}")
+    make_folder(tmp_path / "single", count=1)
+    for split in ("train", "test"):
+        make_folder(tmp_path / "differing" / split, count=2)
+    (tmp_path / "differing" / "test" / "red").rename(tmp_path / "differing" / "test" / "green")
     name = [] if options[0].startswith("local-dir:") else [W025]
     code, out, err = run("finetune", *name, "--data", "images", "--out", "out", *options)
     assert code == 2

@@ -92,7 +92,7 @@ def test_stored_weights_are_normalised_and_compute_what_they_did(entry):
     for module in model.modules():
         if hasattr(module, "bn"):
             assert ((norms(module) > 0.7) & (norms(module) < 1.42)).all()
-    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(SAMPLE), torch.tensor(stored), rtol=1e-3, atol=1e-3)
         assert (model(images) - model.half()(images.half()).float()).abs().max() < 0.05
@@ -131,15 +131,15 @@ def test_what_cannot_be_normalised_stays(conv, norm):
     assert all(torch.equal(before[key], value) for key, value in normalise_(module).state_dict().items())
 
 
-@each_entry
-def test_pretrained_weights_adapt_to_other_heads_and_channels(entry):
-    model = timm.create_model(entry.name, pretrained=True, num_classes=10, in_chans=1).eval()
+@pytest.mark.parametrize("name", [SMALL.name, "mobilenetv1_w025_cifar100.sgd_e36_r32", "mobilenetv2_lgc_cifar100"])
+def test_pretrained_weights_adapt_to_other_heads_and_channels(name):
+    model = timm.create_model(name, pretrained=True, num_classes=10, in_chans=1).eval()
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
-    full = timm.create_model(entry.name, pretrained=True)
+    full = timm.create_model(name, pretrained=True)
     assert torch.equal(model.blocks[0][0].depthwise.conv.weight, full.blocks[0][0].depthwise.conv.weight)
-    maps = timm.create_model(entry.name, pretrained=True, features_only=True)(torch.randn(1, 3, 32, 32))
+    maps = timm.create_model(name, pretrained=True, features_only=True)(torch.randn(1, 3, 32, 32))
     assert [tuple(m.shape[2:]) for m in maps] == [(32, 32), (16, 16), (8, 8)]
-    getter = timm.create_model(entry.name, pretrained=True, features_only=True, feature_cls="getter")
+    getter = timm.create_model(name, pretrained=True, features_only=True, feature_cls="getter")
     assert "state_dict" not in getter.model.pretrained_cfg
 
 

@@ -1,6 +1,7 @@
 """Timings and generated tables: what is timed, counted and refused."""
 
 import json
+import random
 import re
 import time
 
@@ -167,13 +168,17 @@ def test_networks_that_are_not_shipped_name_no_weight():
 
 
 def test_forms_take_turns():
+    random.seed(0)
     calls: list[int] = []
     times = interleaved([lambda i=i: calls.append(i) for i in range(3)], seconds=0.0)
     assert [len(values) for values in times] == [5] * 3
-    assert all(sorted(calls[i : i + 3]) == [0, 1, 2] for i in range(6, len(calls), 3))
+    turns = [tuple(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns)
+    assert len(set(turns)) > 1  # in changing order
 
 
 def test_each_pass_times_new_sessions_in_random_order(monkeypatch):
+    random.seed(0)
     made: list[str] = []
 
     def runner(form, cell):
@@ -185,6 +190,7 @@ def test_each_pass_times_new_sessions_in_random_order(monkeypatch):
     cells = [Cell("eager", 2, 1), Cell("eager", 1, 2), Cell("onnxruntime", 1, 1), Cell("eager", 1, 1, "int8")]
     rows = latency.time_cells(forms, cells, 0.0)
     assert [(row["batch"], row["model"]) for row in rows] == [(b, form.model) for b in (1, 2) for form in forms]
+    assert len({tuple(made[i : i + 3]) for i in range(0, len(made), 3)}) > 1
     assert all(made.count(form.model) == 2 * latency.PASSES == 2 * len(rows[0]["passes"]) for form in forms)
     assert all((row["ms"] >= 3.0 / row["batch"]) == (row["model"] == "slow") for row in rows)
     assert torch.get_num_threads() == 1

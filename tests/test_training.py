@@ -324,6 +324,10 @@ def test_without_an_average_the_last_weights_are_kept(tmp_path, data, trainers, 
     student = trainers[0].students[0]
     for ours, kept in zip(student.model.parameters(), student.average.module.parameters(), strict=True):
         assert torch.equal(ours, kept)
+    statistics = zip(student.model.buffers(), student.average.module.buffers(), strict=True)
+    estimated_anew = [not torch.equal(ours, kept) for ours, kept in statistics if ours.is_floating_point()]
+    assert estimated_anew
+    assert all(estimated_anew)
     first = file.read_bytes()
     assert run(recipe, data, tmp_path / "out", "--resume") == 0
     assert file.read_bytes() == first

@@ -70,7 +70,8 @@ def check_equivalent(
         ValueError: shapes differ or the error is above the tolerance; the message holds the largest error.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    a, b = (copy.deepcopy(model) if getattr(model, "training", False) else model for model in (a, b))
+    models = ((model, isinstance(model, nn.Module) and any(m.training for m in model.modules())) for model in (a, b))
+    a, b = (copy.deepcopy(model) if training else model for model, training in models)
     cudnn = torch.backends.cudnn
     flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
     with torch.no_grad(), cudnn.flags(**flags, allow_tf32=False):
