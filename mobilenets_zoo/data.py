@@ -196,8 +196,9 @@ def _read_parquet(files: list[Path], source: str | Path) -> ImageSet:
             column, kind = table[label], table.schema.field("img").type
             if column.null_count or not pa.types.is_integer(column.type):
                 raise ValueError(f"{label} must hold whole numbers and no nulls, it holds {column.type}")
-            if not pa.types.is_struct(kind) or not any(kind[i].name == "bytes" for i in range(kind.num_fields)):
-                raise ValueError(f"img must hold structs with a field bytes, it holds {kind}")
+            fields = [kind[i] for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+            if not any(field.name == "bytes" and "binary" in str(field.type) for field in fields):
+                raise ValueError(f"img must hold structs with a binary field bytes, it holds {kind}")
             names = _class_names(table.schema.metadata, label)
             if labels and names != classes:
                 raise ValueError(f"names other classes than {files[0].name}, it belongs to another data set")

@@ -130,6 +130,7 @@ def small(size: tuple[int, int]) -> dict[str, object]:
     [
         (lambda: pa.table({"x": [1]}), r"columns \['x'\], expected img"),
         (lambda: table(images=["a", "b"]), "img must hold structs"),
+        (lambda: table(images=[{"bytes": "photo.png", "path": ""}] * 2), "img must hold structs"),  # not a path
         (lambda: table(labels=[0, None]), "whole numbers and no nulls"),
         (lambda: table(labels=[0.0, 1.0]), "whole numbers and no nulls"),
         (lambda: table(labels=["0", "1"]), "whole numbers and no nulls"),
@@ -242,8 +243,8 @@ def test_evaluation_counts_what_occurs_and_restores_the_mode():
 
 
 def test_scores_follow_their_definitions():
-    right, wrong = [0.9, *5 * [0.02]], [0.64, 0.08, *4 * [0.07]]
-    rows = torch.tensor([right, [0.62, 0.3, *4 * [0.02]], [0.3, 0.25, 0.05, 0.15, 0.15, 0.1], wrong])
+    sure, unsure = [0.9, *5 * [0.02]], [0.64, 0.08, *4 * [0.07]]
+    rows = torch.tensor([sure, [0.62, 0.3, *4 * [0.02]], [0.3, 0.25, 0.05, 0.15, 0.15, 0.1], unsure])
 
     class Fixed(torch.nn.Module):
         def __init__(self):

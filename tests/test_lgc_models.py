@@ -132,6 +132,20 @@ def test_check_equivalent_reports_the_largest_error():
     assert norm.num_batches_tracked == 0
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older versions have another setting")
+def test_check_equivalent_computes_without_tf32_and_keeps_the_setting():
+    settings, seen = torch.backends.cudnn.conv, []
+    before, legacy = settings.fp32_precision, torch.backends.cudnn.allow_tf32
+
+    def model(x):
+        seen.append(settings.fp32_precision)
+        return x
+
+    mz.check_equivalent(model, model, torch.ones(2))
+    assert seen == ["ieee", "ieee"]
+    assert (settings.fp32_precision, torch.backends.cudnn.allow_tf32) == (before, legacy)
+
+
 # The schedule
 
 
@@ -323,6 +337,8 @@ def test_nothing_to_convert():
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 3))
     with pytest.raises(ValueError, match="its block merges weights"):  # and knows no mask
         mz.to_learned_group_conv(timm.create_model("repvgg_a0", num_classes=10))
+    merged = timm.utils.reparameterize_model(timm.create_model("mobileone_s0", num_classes=10))
+    assert mz.to_learned_group_conv(merged)[1].converted
 
 
 def test_macs_are_counted_with_the_channels_that_a_network_takes():

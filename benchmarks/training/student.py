@@ -208,7 +208,8 @@ def health(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float
         model(batch)
     for hook in hooks:
         hook.remove()
-    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    learned = {id(layer.weight): layer for layer in mz.learned_layers(model).values()}  # without what masks drop
+    weights = [learned[id(p)].masked_weight() if id(p) in learned else p for p in model.parameters() if p.ndim == 4]
     variances = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
     values = {
         "largest_norm": max(weight.flatten(1).norm(dim=1).max().item() for weight in weights),

@@ -1,7 +1,9 @@
 """Whole models: from masked to condensed, and the check of equality."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,9 +74,7 @@ def check_equivalent(
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     models = ((model, isinstance(model, nn.Module) and any(m.training for m in model.modules())) for model in (a, b))
     a, b = (copy.deepcopy(model) if training else model for model, training in models)
-    cudnn = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    with torch.no_grad(), cudnn.flags(**flags, allow_tf32=False):
+    with torch.no_grad(), _without_tf32():
         expected, actual = a(*arguments).cpu(), b(*arguments).cpu()  # some devices know no double precision
     if expected.shape != actual.shape:
         raise ValueError(f"not equivalent: output shapes {tuple(expected.shape)} and {tuple(actual.shape)}")
@@ -86,3 +86,18 @@ def check_equivalent(
             f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {tolerance:g}"
         )
     return error
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Lets convolutions on a GPU compute in whole float32."""
+    cudnn: Any = torch.backends.cudnn
+    # Where a user has set newer versions' settings, reading the old one raises.
+    new = hasattr(cudnn, "conv")
+    settings, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)

@@ -70,13 +70,15 @@ def to_learned_group_conv(
     """
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     blocks = [block for block in model.modules() if hasattr(block, "reparameterize")]
-    merged = {module for block in blocks for module in block.modules()}
+    done = ("reparam_conv", "is_fused", "infer_mode")  # how timm's blocks remember that they have merged
+    blocks = [block for block in blocks if not any(getattr(block, name, None) for name in done)]
+    merging = {module for block in blocks for module in block.modules()}
     left: dict[str, str] = {}
     learned: dict[int, LearnedGroupConv2d] = {}  # by identity, so that a shared layer stays shared
     converted = []
     for name, module in convolutions.items():
         reason = _obstacle(module, groups, condense_factor)
-        if reason is None and module in merged:
+        if reason is None and module in merging:
             reason = "its block merges weights: call timm.utils.reparameterize_model first"
         if reason is None and match is not None and not match(name, module):
             reason = "not matched"

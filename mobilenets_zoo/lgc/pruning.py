@@ -99,7 +99,7 @@ def prune_groups(
     Raises:
         ValueError: no learned layer, one that doesn't run or that the teacher lacks, two that share a weight, `inputs`
             or `sharing` out of range, images of another form or fewer than a layer needs, activations that aren't
-            finite.
+            finite, or a device without double precision (MPS).
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     model = model.module if isinstance(model, wrappers) else model
