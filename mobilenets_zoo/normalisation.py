@@ -24,9 +24,8 @@ def normalise_(model: nn.Module) -> nn.Module:
     Scales are powers of two, so that no weight is rounded, and norms lie between 0.7 and 1.42. BatchNorm's mean and
     variance are scaled alike: outputs in eval mode stay equal up to rounding of the variance. Convolutions are found in
     modules that hold `conv` and a BatchNorm `bn` and nothing else, as all of the zoo's do; plain, masked and condensed,
-    not those that compute their weights. Channels
-    whose variance doesn't exceed BatchNorm's epsilon stay: they hold next to nothing, and in training mode another
-    scale would wake them.
+    not those that compute their weights. Channels whose variance doesn't exceed BatchNorm's epsilon stay: they hold
+    next to nothing, and in training mode another scale would wake them.
 
     Returns:
         `model`.
