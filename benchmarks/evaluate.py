@@ -131,7 +131,7 @@ def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
         "recipe": f"benchmarks/runs/{recipe.name}/recipe.toml",
         "result": f"benchmarks/runs/{recipe.name}/result.json",
         "hub_id": f"mobilenets-zoo/{recipe.model}",
-        "revision": None,
+        "revision": manifest.get(recipe.name, {}).get("revision"),  # measured again it is the same file
         "taught_by": result["taught_by"],
     }
     mz.files.write_json(WEIGHTS_DIR / "manifest.json", dict(sorted(manifest.items())))

@@ -230,9 +230,16 @@ def test_unfinished_masks_and_foreign_models_are_refused():
         mz.optimize_for_inference(nn.Linear(3, 3))
 
 
-def test_a_network_with_learned_shortcuts_is_rewritten():
-    """to_learned_group_conv takes the shortcuts' plain 1x1 convolutions too."""
-    learned, _ = mz.to_learned_group_conv(lively("mobilenetv2_t1_cifar100"), input_size=(3, 32, 32))
+@pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_t1_cifar100"])
+def test_a_network_that_was_given_learned_groups_is_rewritten(name):
+    """Pointwise layers of MobileNetV1, and shortcuts of MobileNetV2: plain 1x1 convolutions in the zoo's networks."""
+    learned, _ = mz.to_learned_group_conv(lively(name), input_size=(3, 32, 32))
     learned = with_random_masks(learned).eval()
-    assert isinstance(learned.blocks[1][0].shortcut, mz.LearnedGroupConv2d)
-    mz.check_equivalent(learned, mz.optimize_for_inference(learned), torch.randn(2, 3, 32, 32), tolerance=1e-4)
+    layers = "blocks.0.0.pointwise.conv", "blocks.1.0.shortcut"
+    assert sum(isinstance(dict(learned.named_modules()).get(layer), mz.LearnedGroupConv2d) for layer in layers) == 1
+    network, dense = mz.optimize_for_inference(learned), mz.optimize_for_inference(learned, dense=True)
+    for form in (network, dense):
+        mz.check_equivalent(learned, form, torch.randn(2, 3, 32, 32), tolerance=1e-4)
+    pointwise = [m for m in dense.modules() if isinstance(m, FoldedConv2d) and m.kernel_size == (1, 1)]
+    assert pointwise
+    assert all(layer.groups == 1 and layer.index is None for layer in pointwise)

@@ -27,6 +27,9 @@ from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 __all__ = ["FoldedConv2d", "OptimizedNetwork", "optimize_for_inference"]
 
+# Gives a 1x1 convolution with so many inputs the form that is fastest.
+Fit = Callable[[Convolution, int], Convolution]
+
 
 class FoldedConv2d(nn.Conv2d):
     """A convolution with bias and ReLU6, after a gather of its input channels where `index` is given."""
@@ -118,14 +121,17 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     assert isinstance(source, MobileNetBase)
     assert isinstance(source.stem, ConvBn)
     parts = [block for row in source.blocks for block in row]  # type: ignore[attr-defined]
+    fit = spread_over_inputs if dense else fill_registers
     if isinstance(source, MobileNetV1):
-        stem, blocks = _optimize_separable([source.stem, *(layer for block in parts for layer in block)])
+        stem, blocks = _optimize_separable([source.stem, *(layer for block in parts for layer in block)], fit)
     else:
         stem = FoldedConv2d(fold_batchnorm(source.stem), act=True)
-        blocks = [_optimize_bottleneck(block, spread_over_inputs if dense else fill_registers) for block in parts]
+        blocks = [_optimize_bottleneck(block, fit) for block in parts]
     head_conv: nn.Module = nn.Identity()
     if isinstance(source.head_conv, ConvBn):
-        head_conv = FoldedConv2d(fold_batchnorm(source.head_conv), act=True)
+        conv = source.head_conv.conv
+        assert isinstance(conv, nn.Conv2d | CondensedConv2d)
+        head_conv = FoldedConv2d(fit(fold_batchnorm(source.head_conv), conv.in_channels), act=True)
     network = OptimizedNetwork(stem, nn.Sequential(*blocks), head_conv, source)
 
     weight = stem.weight
@@ -136,18 +142,19 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
     return network.to(dtype)
 
 
-def _optimize_separable(layers: list[ConvBn]) -> tuple[FoldedConv2d, list[OptimizedBlock]]:
+def _optimize_separable(layers: list[ConvBn], fit: Fit) -> tuple[FoldedConv2d, list[OptimizedBlock]]:
     """Rewrites MobileNetV1's layers, which are dense but where `to_learned_group_conv` made others of them."""
     folded = [fold_batchnorm(layer) for layer in layers]
     for i in range(1, len(folded), 2):
         hidden = remove_dead_hidden(HiddenLayers(*folded[i - 1 : i + 2]))
         folded[i - 1 : i + 2] = hidden.expansion, hidden.depthwise, hidden.projection
+    for i in range(2, len(folded), 2):
+        folded[i] = fit(folded[i], len(folded[i - 1].weight))
     stem, *rest = (FoldedConv2d(layer, act=True) for layer in folded)
     return stem, [OptimizedBlock(rest[i : i + 2], None) for i in range(0, len(rest), 2)]
 
 
-def _optimize_bottleneck(block: Bottleneck, fit: Callable[[Convolution, int], Convolution]) -> OptimizedBlock:
-    """Rewrites a bottleneck; `fit` gives a 1x1 convolution its form."""
+def _optimize_bottleneck(block: Bottleneck, fit: Fit) -> OptimizedBlock:
     conv = block.expansion.conv
     assert isinstance(conv, nn.Conv2d | CondensedConv2d)
     layers = hidden_layers(block)
@@ -161,5 +168,5 @@ def _optimize_bottleneck(block: Bottleneck, fit: Callable[[Convolution, int], Co
         parts.append(copy.deepcopy(block.shuffle_out))
     shortcut: Optional[nn.Module] = nn.Identity() if block.has_shortcut else None
     if isinstance(block.shortcut, nn.Conv2d | CondensedConv2d):  # condensed where to_learned_group_conv made it
-        shortcut = FoldedConv2d(as_convolution(block.shortcut), act=False)
+        shortcut = FoldedConv2d(fit(as_convolution(block.shortcut), conv.in_channels), act=False)
     return OptimizedBlock(parts, shortcut)

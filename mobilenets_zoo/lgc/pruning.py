@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from mobilenets_zoo.lgc.condense import learned_layers
 from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
+from mobilenets_zoo.profiling import eval_mode
 
 __all__ = ["LayerPruning", "PruningReport", "prune_groups"]
 
@@ -131,11 +132,9 @@ def prune_groups(
 
     changing = [module for module in model.modules() if isinstance(module, (LearnedGroupConv2d, _BatchNorm))]
     rows, saved = {}, [copy.deepcopy(module.state_dict()) for module in changing]
-    flags = {module: module.training for network in (model, teacher) for module in network.modules()}
     try:
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed whenever it is iterated
-            model.eval()
-            teacher.eval()
+        # A DataLoader draws a seed whenever it is iterated.
+        with torch.random.fork_rng(devices=[]), eval_mode(model), eval_mode(teacher):
             for name, (calls, every, norms) in _survey(model, layers, images).items():
                 moments = _moments(name, model, teacher, calls, _load(images, every))
                 rows[name] = _prune(layers[name], counts[name], norms, sharing, moments)
@@ -144,9 +143,6 @@ def prune_groups(
         for part, state in zip(changing, saved, strict=True):
             part.load_state_dict(state)
         raise
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     return PruningReport(rows)
 
 

@@ -47,7 +47,7 @@ def cifar100_cfg(weight: str, **kwargs: Any) -> dict[str, Any]:
 
 
 class ConvBn(nn.Module):
-    """A bias-free convolution followed by BatchNorm and, unless `act` is False, ReLU6.
+    """A convolution followed by BatchNorm and, unless `act` is False, ReLU6.
 
     Args:
         conv: any module that maps (N, C, H, W) to (N, out_channels, H', W').

@@ -155,8 +155,7 @@ class MobileNetV2(MobileNetBase):
                 )
                 row.append(block)
                 channels = out_channels
-            if first_stride > 1:
-                reduction *= first_stride
+            reduction *= first_stride
             if is_last or BLOCKS[row_index + 1][2] > 1:
                 self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"blocks.{row_index}"))
             self.blocks.append(row)
