@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -63,7 +63,8 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
         # A weight's first axis holds the outputs (of a transposed convolution: the inputs); each of their values
         # costs one multiply-add per weight along the other axes.
         values = inputs[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
-        macs += values.numel() * math.prod(module.get_parameter("weight").shape[1:])
+        weight: Any = module.weight  # no nn.Parameter where it is parametrised
+        macs += values.numel() * math.prod(weight.shape[1:])
 
     kinds = (nn.Linear, nn.modules.conv._ConvNd, LearnedGroupConv2d, CondensedConv2d)
     parameter = next(model.parameters())

@@ -273,10 +273,16 @@ class Everything(nn.Module):
         self.odd_in = nn.Conv2d(16, 6, 1)
         self.odd_out = nn.Conv2d(6, 8, 1)
         self.standardized = StdConv2d(8, 8, 1)
+        self.tied, self.alike = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.alike.weight = self.tied.weight
+        self.hooked = nn.Conv2d(8, 8, 1)
+        self.hooked.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
 
     def forward(self, x):
         x = self.grouped(self.wide(self.same(self.shared(self.strided(x)))))
-        return self.standardized(self.odd_out(self.odd_in(self.padded(x))))
+        x = self.standardized(self.odd_out(self.odd_in(self.padded(x))))
+        return self.normed(self.hooked(self.alike(self.tied(x))))
 
 
 def test_bias_stride_and_odd_maps():
@@ -294,6 +300,10 @@ def test_bias_stride_and_odd_maps():
         "odd_in": "out_channels 6",
         "odd_out": "in_channels 6",
         "standardized": "StdConv2d",
+        "tied": "shares its weight",
+        "alike": "shares its weight",
+        "hooked": "has hooks",
+        "normed": "ParametrizedConv2d",
     }
     assert set(report.left) == set(reasons)
     assert all(text in report.left[name] for name, text in reasons.items())
@@ -335,6 +345,8 @@ def test_nothing_to_convert():
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 1), match=lambda name, module: False)
     with pytest.raises(ValueError, match="3x3"):
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match="groups and condense_factor must be 1 or larger, not 0 and 4"):
+        mz.to_learned_group_conv(nn.Conv2d(8, 8, 1), groups=0)
     with pytest.raises(ValueError, match="its block merges weights"):  # and knows no mask
         mz.to_learned_group_conv(timm.create_model("repvgg_a0", num_classes=10))
     merged = timm.utils.reparameterize_model(timm.create_model("mobileone_s0", num_classes=10))

@@ -167,6 +167,39 @@ def test_each_step_drops_the_input_that_costs_least():
     assert row.error == pytest.approx(error.item(), rel=1e-3)
 
 
+SHUFFLE = nn.Sequential(nn.Conv2d(8, 128, 1), nn.PixelShuffle(2))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("up", [nn.ConvTranspose2d(8, 32, 2, 2), SHUFFLE])
+def test_enlarged_maps_are_seen_as_a_whole(size, up):
+    """What enlarges maps puts out other statistics at odd positions than at even ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(up), nn.ReLU(), mz.LearnedGroupConv2d(32, 16, bias=True)).eval()
+    dense, images = copy.deepcopy(model), torch.randn(40, 8, size, size)
+    report = mz.prune_groups(model, images)
+    assert relative_error(model, dense, images) == pytest.approx(report.layers["2"].error, rel=0.15)
+
+
+def test_a_hook_on_the_layer_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(mz.LearnedGroupConv2d(16, 8, bias=True))
+    handle = model[0].register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    dense, images = copy.deepcopy(model), correlated(40, 16, size=4)
+    report = mz.prune_groups(model, images)
+    assert relative_error(model, dense, images) == pytest.approx(report.layers["0"].error, rel=0.05)
+    with pytest.raises(ValueError, match="0: the condensed layer wouldn't have its hooks"):
+        mz.condense(model)
+    handle.remove()
+    mz.check_equivalent(model, mz.condense(model), images)
+
+
+def test_a_parametrised_weight_is_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(mz.LearnedGroupConv2d(16, 8)))
+    with pytest.raises(ValueError, match="0: its weight is parametrised"):
+        mz.prune_groups(model, torch.randn(8, 16, 4, 4))
+
+
 def test_dropped_inputs_stay_dropped():
     torch.manual_seed(0)
     layer = mz.LearnedGroupConv2d(16, 8)
@@ -268,6 +301,13 @@ def test_an_error_changes_nothing():
     norm.running_var.fill_(1.0)
     assert schedule.step(1.0)
     assert is_finished(model)
+    model = nn.Sequential(mz.LearnedGroupConv2d(16, 16), mz.LearnedGroupConv2d(16, 16))
+    nn.init.constant_(model[1].weight, torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        mz.CondenseSchedule(model).step(1.0)
+    assert model[0].mask.all()
+    with pytest.raises(ValueError, match="give a tensor or a list, not a generator"):
+        mz.CondenseSchedule(model, (image for image in [torch.randn(8, 16, 4, 4)]))
 
 
 def test_the_model_itself_as_its_teacher():
@@ -291,6 +331,14 @@ def test_schedule_prunes_with_images():
     assert relative_error(model, dense, images) < 0.5 * relative_error(magnitude, dense, images)
 
 
+class Once:
+    def __init__(self, *batches: torch.Tensor):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -304,7 +352,9 @@ def test_schedule_prunes_with_images():
         (dict(images=torch.randn(16, 4, 4)), "floating-point"),
         (dict(images=[]), "no images"),
         (dict(images=torch.randn(0, 16, 4, 4)), "no images"),
-        (dict(images=iter([torch.randn(8, 16, 4, 4)])), "make it a list"),
+        (dict(images=iter([torch.randn(8, 16, 4, 4)])), "give a tensor or a list, not a list_iterator"),
+        (dict(images=42), "not a int"),
+        (dict(images=Once(torch.randn(8, 16, 4, 4))), "or only once"),
         (dict(inputs=17), "0: inputs must be in 1...16, not 17"),
         (dict(inputs=lambda layer: 0), "not 0"),
         (dict(inputs=lambda layer: layer.in_channels / 3), "not 5.33"),

@@ -31,14 +31,16 @@ def condense(model: nn.Module) -> nn.Module:
     back as a plain copy.
 
     Raises:
-        ValueError: a layer's mask isn't finished (the message names the layer and the counts), or the model has
-            no learned group convolution.
+        ValueError: a layer's mask isn't finished (the message names the layer and the counts) or it has forward hooks,
+            or the model has no learned group convolution.
     """
     if not any(isinstance(module, (LearnedGroupConv2d, CondensedConv2d)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to condense")
     layers = learned_layers(model)
     condensed: dict[int, CondensedConv2d] = {}  # by identity, so that a shared layer stays shared
     for name, layer in layers.items():
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise ValueError(f"{name}: the condensed layer wouldn't have its hooks; remove them first")
         try:
             condensed[id(layer)] = layer.condense()
         except ValueError as error:

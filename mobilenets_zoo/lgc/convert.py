@@ -1,6 +1,7 @@
 """Learned group convolution for a network of your choice."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
@@ -66,13 +67,17 @@ def to_learned_group_conv(
         The new model, in the mode and on the device of the old one, and a report.
 
     Raises:
-        ValueError: no layer can be converted or `match` chose none; the message says why.
+        ValueError: no layer can be converted or `match` chose none, `groups` or `condense_factor` below 1; the message
+            says why.
     """
+    if min(groups, condense_factor) < 1:
+        raise ValueError(f"groups and condense_factor must be 1 or larger, not {groups} and {condense_factor}")
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     blocks = [block for block in model.modules() if hasattr(block, "reparameterize")]
     done = ("reparam_conv", "is_fused", "infer_mode")  # how timm's blocks remember that they have merged
     blocks = [block for block in blocks if not any(getattr(block, name, None) for name in done)]
     merging = {module for block in blocks for module in block.modules()}
+    users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     left: dict[str, str] = {}
     learned: dict[int, LearnedGroupConv2d] = {}  # by identity, so that a shared layer stays shared
     converted = []
@@ -80,6 +85,8 @@ def to_learned_group_conv(
         reason = _obstacle(module, groups, condense_factor)
         if reason is None and module in merging:
             reason = "its block merges weights: call timm.utils.reparameterize_model first"
+        if reason is None and users[id(module.weight)] > 1:
+            reason = "it shares its weight with another layer"
         if reason is None and match is not None and not match(name, module):
             reason = "not matched"
         if reason is not None:
@@ -106,6 +113,7 @@ def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[
     obstacles = {
         f"a {type(module).__name__} does more than convolve": type(module) not in PLAIN_CONVOLUTIONS,
         "not 1x1: " + "x".join(map(str, module.kernel_size)): module.kernel_size != (1, 1),
+        "it has hooks": bool(module._forward_hooks or module._forward_pre_hooks),
         f"grouped already: groups={module.groups}": module.groups > 1,
         f"stride {module.stride} differs between the axes": module.stride[0] != module.stride[1],
         f"padding {module.padding}": module.padding not in (0, (0, 0), "valid", "same"),

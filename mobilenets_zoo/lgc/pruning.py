@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,8 +30,8 @@ from mobilenets_zoo.profiling import eval_mode
 
 __all__ = ["LayerPruning", "PruningReport", "prune_groups"]
 
-# Positions of a feature map that are looked at, per axis: neighbours say nearly the same.
-GRID = 8
+# Positions of a feature map that are looked at: neighbours say nearly the same.
+POSITIONS = 64
 # Images and positions per input that are enough for a layer: one with few inputs looks at every nth batch only.
 ENOUGH_IMAGES, ENOUGH_POSITIONS = 256, 64
 # Pixels in a batch, where the images come as one tensor: on a CPU, maps that malloc takes from the heap are faster.
@@ -81,9 +82,10 @@ def prune_groups(
     Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
     its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
     that alone reads them. Dropped inputs never return. Training flags and torch's random state stay as they are. Memory
-    holds a copy of the model and some G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed
-    initialised, all processes call this alike, each with images of its own, and get the same masks and weights; where
-    one of them fails, the others wait for the process group's timeout. After an error the model is as it was.
+    holds a copy of the model and a few times G (I + 1)^2 double numbers, whatever the number of images. With
+    torch.distributed initialised, all processes call this alike, each with images of its own, and get the same masks
+    and weights; where one of them fails, the others wait for the process group's timeout. After an error the model is
+    as it was.
 
     Args:
         model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
@@ -98,24 +100,21 @@ def prune_groups(
             optimized: less time for more error.
 
     Raises:
-        ValueError: no learned layer, one that doesn't run or that the teacher lacks, two that share a weight, `inputs`
-            or `sharing` out of range, images of another form or fewer than a layer needs, activations that aren't
-            finite, or a device without double precision (MPS).
+        ValueError: no learned layer, one that doesn't run, that the teacher lacks or whose weight is parametrised, two
+            that share a weight, `inputs` or `sharing` out of range, images of another form or fewer than a layer needs,
+            activations that aren't finite, or a device without double precision (MPS).
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     model = model.module if isinstance(model, wrappers) else model
     teacher = teacher.module if isinstance(teacher, wrappers) else teacher
-    teacher = copy.deepcopy(model) if teacher is None or teacher is model else teacher
+    before = copy.deepcopy(model)
+    teacher = before if teacher is None or teacher is model else teacher
     layers = learned_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to prune")
     if next(model.parameters()).device.type == "mps":
         raise ValueError("pruning needs double precision, which this device lacks: move the model to the CPU")
-    if isinstance(images, torch.Tensor):
-        pixels = BATCH_PIXELS["cuda" if next(model.parameters()).is_cuda else "cpu"]
-        images = images.split(max(1, pixels // max(1, images.shape[-2:].numel()))) if images.ndim else [images]
-    elif isinstance(images, Iterator):
-        raise ValueError("an iterator gives its images once and they are needed many times: make it a list")
+    images = batches_of(images, next(model.parameters()).is_cuda)
     if not 0.0 <= sharing < math.inf:
         raise ValueError(f"sharing must be 0 or larger, not {sharing}")
     if len({layer.weight for layer in layers.values()}) < len(layers):
@@ -129,9 +128,10 @@ def prune_groups(
         counts[name] = int(count)
         if name not in known:
             raise ValueError(f"the teacher has no layer {name}")
+        if is_parametrized(layer):
+            raise ValueError(f"{name}: its weight is parametrised; call remove_parametrizations (torch.nn.utils) first")
 
-    changing = [module for module in model.modules() if isinstance(module, (LearnedGroupConv2d, _BatchNorm))]
-    rows, saved = {}, [copy.deepcopy(module.state_dict()) for module in changing]
+    rows = {}
     try:
         # A DataLoader draws a seed whenever it is iterated.
         with torch.random.fork_rng(devices=[]), eval_mode(model), eval_mode(teacher):
@@ -140,10 +140,19 @@ def prune_groups(
                 rows[name] = _prune(layers[name], counts[name], norms, sharing, moments)
                 del moments  # two layers' would be the peak
     except BaseException:
-        for part, state in zip(changing, saved, strict=True):
-            part.load_state_dict(state)
+        model.load_state_dict(before.state_dict())
         raise
     return PruningReport(rows)
+
+
+def batches_of(images: Union[torch.Tensor, Iterable[Any]], is_cuda: bool = False) -> Iterable[Any]:
+    """Returns what gives the calibration images in batches, again and again; refuses what can't."""
+    if isinstance(images, torch.Tensor):
+        pixels = BATCH_PIXELS["cuda" if is_cuda else "cpu"]
+        return images.split(max(1, pixels // max(1, images.shape[-2:].numel()))) if images.ndim else [images]
+    if isinstance(images, Iterator) or not isinstance(images, Iterable):
+        raise ValueError(f"images are needed many times: give a tensor or a list, not a {type(images).__name__}")
+    return images
 
 
 def _load(batches: Iterable[Any], every: int = 1) -> Iterator[torch.Tensor]:
@@ -189,9 +198,10 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, tak
         if len(trace) == calls:
             raise _LastCall
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    # First: a hook of the user's may change what the module puts out.
+    handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module in modules]
     try:
-        network(images)
+        network(images.to(next(network.parameters())))
     except _LastCall:
         pass
     finally:
@@ -201,10 +211,14 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, tak
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:
-    """Copies the values at an even grid of positions: (N, C, H, W) to (N * positions, C), in float64."""
-    rows, columns = (-(-size // GRID) for size in maps.shape[2:])
-    maps = maps[:, :, rows // 2 :: rows, columns // 2 :: columns].movedim(1, 3).flatten(0, 2)
-    return maps.to(torch.float64, copy=True)  # an activation in place may follow, and autocast leaves float64 alone
+    """Copies the values at always the same positions: (N, C, H, W) to (N * positions, C), in float64.
+
+    They lie at random: a grid would see one phase of what a stride further up has enlarged, and little of the borders.
+    """
+    maps = maps.permute(0, 2, 3, 1).flatten(1, 2)
+    chosen = torch.randperm(maps.shape[1], generator=torch.Generator().manual_seed(0))[:POSITIONS]
+    # A copy, since an activation in place may follow; autocast leaves float64 alone.
+    return maps[:, chosen.to(maps.device)].flatten(0, 1).double()
 
 
 def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -218,17 +232,17 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
 
     That is its calls, n where every nth batch is enough, and, where it has no bias, the BatchNorm behind each call.
     """
-    weight = next(iter(layers.values())).weight
-    count = sum(map(len, _load(batches)))
-    images, without = _sum_over_processes(weight.new_tensor([count, count == 0], dtype=torch.int64)).tolist()
-    if without:
-        raise ValueError("there are no images to calibrate with")
+    count, first = sum(map(len, _load(batches))), next(_load(batches), None)
+    counts = torch.tensor([count, count == 0, first is None], device=next(model.parameters()).device)
+    images, without, once = _sum_over_processes(counts).tolist()
+    if without or once or first is None:
+        raise ValueError("there are no images to calibrate with, or only once")
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     with _Readers() as readers:  # of maps; an id may have been another map's before, and is this one's to the end
         trace = _trace(
             model,
             [*layers.values(), *norms],
-            next(_load(batches))[:1].to(weight),
+            first[:1],
             lambda module, x, y: (module, x, y, readers.counts[id(y)]),
         )
     runs = [module for module, *_ in trace]
@@ -264,7 +278,6 @@ def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batche
     size, outputs, stride = layer.in_channels + 1, layer.out_channels, layer.stride
     moments = layer.weight.new_zeros((size + outputs) * size + 1, dtype=torch.float64)
     for images in batches:
-        images = images.to(layer.weight)
         x = torch.cat(_trace(model, [layer], images, lambda _, x, y: _positions(x[:, :, ::stride, ::stride]), calls))
         y = torch.cat(_trace(teacher, [target], images, lambda _, x, y: _positions(y), calls) or [x[:0]])
         if y.shape != (len(x), outputs):
@@ -285,7 +298,9 @@ def _prune(layer: LearnedGroupConv2d, count: int, norms: list[Any], sharing: flo
 
     def error(weight: torch.Tensor) -> float:
         squares = ((weight @ second - 2.0 * cross) * weight).sum() + power
-        return (squares / (power - cross[:, -1].square().sum()).clamp_min(1e-300)).item()
+        # What rounding leaves of outputs that are all alike isn't a variance.
+        variance = (power - cross[:, -1].square().sum()).clamp_min(1e-12 * power + 1e-300)
+        return (squares.clamp_min(0.0) / variance).item()
 
     magnitude = copy.deepcopy(layer).prune_(count).masked_weight().flatten(1).double()
     bias = magnitude.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.double()
@@ -324,7 +339,7 @@ def _choose_and_fit(
     for step in range(steps):
         # By how much the group's squared error grows when its other weights may follow; the logarithm of it.
         growth = (weight.square().sum(1) / diagonal)[:, :-1].log()
-        growth += sharing * mask.sum(0).log()
+        growth += sharing * mask.sum(0).double().log()
         least = growth.masked_fill(~mask, torch.inf).argmin(1)
         due = mask.sum(1) > count  # a group may have begun with fewer inputs than others
         past = factors[:, :step]

@@ -8,7 +8,7 @@ from torch import nn
 
 from mobilenets_zoo.lgc.condense import learned_layers
 from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
-from mobilenets_zoo.lgc.pruning import prune_groups
+from mobilenets_zoo.lgc.pruning import batches_of, prune_groups
 
 __all__ = ["CondenseSchedule", "group_lasso"]
 
@@ -38,7 +38,7 @@ class CondenseSchedule:
             out before it; by default inputs go by the sum of absolute weights, and weights stay as they are.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, or `images` can't be iterated many times.
     """
 
     def __init__(self, model: nn.Module, images: Optional[Union[torch.Tensor, Iterable[Any]]] = None):
@@ -46,6 +46,8 @@ class CondenseSchedule:
         self.layers = learned_layers(model)
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to schedule")
+        if images is not None:
+            batches_of(images)  # what can't be iterated again shows before the training
         self.progress = 0.0
 
     def step(self, progress: float) -> bool:
@@ -59,7 +61,8 @@ class CondenseSchedule:
             True if a mask changed.
 
         Raises:
-            ValueError: `progress` outside [0, 1], weights that aren't finite, or what `prune_groups` raises.
+            ValueError: `progress` outside [0, 1], weights that aren't finite, or what `prune_groups` raises; the model
+                is as it was.
         """
         if not self.due(progress):
             return False
@@ -67,8 +70,13 @@ class CondenseSchedule:
         if self.images is not None:
             prune_groups(self.model, self.images, lambda layer: self._inputs(layer, progress))
         else:
-            for layer in self.layers.values():
-                layer.prune_(self._inputs(layer, progress))
+            try:
+                for layer in self.layers.values():
+                    layer.prune_(self._inputs(layer, progress))
+            except ValueError:
+                for old, layer in zip(before, self.layers.values(), strict=True):
+                    layer.mask.copy_(old)
+                raise
         self.progress = float(progress)
         return any(not torch.equal(old, layer.mask) for old, layer in zip(before, self.layers.values(), strict=True))
 
