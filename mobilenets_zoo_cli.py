@@ -18,7 +18,7 @@ from typing import Any, Optional
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 __all__ = ["main"]
 
@@ -218,8 +218,7 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
         elif not as_json:
             for line in (result["image"], f"{_full_name(name, model)} in {result['ms']:.1f} ms"):
                 console.print(_printable(line), highlight=False, markup=False, soft_wrap=True)
-            table = Table("class", "probability")
-            table.columns[1].justify = "right"
+            table = Table(Column("class", overflow="fold"), Column("probability", justify="right"))
             for row in result["predictions"]:
                 table.add_row(escape(_printable(row["class"])), f"{100 * row['probability']:.1f} %")
             console.print(table)
@@ -324,25 +323,30 @@ def export(
 @click.option("--flip/--no-flip", default=True, help="Show mirrored images, too; not for digits and text.")
 @click.option("--freeze", is_flag=True, help="Fit the classifier alone.")
 @click.option("--scratch", is_flag=True, help="Start from random weights, to compare.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @device_option
 @click.option("--force", is_flag=True, help="Replace what an earlier run wrote to --out.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: bool, **settings: Any) -> None:
-    """Fine-tune a model on images of your own."""
+    """Fine-tune a model on images of your own.
+
+    NAME is one of `list`, NAME.TAG, local-dir:DIR or hf-hub:ID. Ctrl-C keeps what was learned, and --resume goes on.
+    """
     from mobilenets_zoo import finetuning
 
     _check_name(name)
+    begun = time.time()
     catalogue.keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
     try:
         with catalogue.progress_bar() as progress:
             chosen = finetuning.Settings(**settings)
             result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last of networks with a fixed size
         raise InputError(str(error)) from error
     except KeyboardInterrupt:
-        learned = (out / "checkpoint.pt").exists()
+        checkpoint = out / "checkpoint.pt"  # that of a run that --force replaces doesn't count
+        learned = checkpoint.exists() and (resume or checkpoint.stat().st_mtime >= begun)
         click.echo(
             f"{out}: stopped" + ("; go on with --resume" if learned else " before anything was learned"), err=True
         )

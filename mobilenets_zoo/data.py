@@ -23,6 +23,8 @@ LARGE_SIDE = 1024
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl")  # photos that mustn't be left out without a word
+
 # What the folder of a split may be called, in small letters, best first.
 SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 
@@ -129,10 +131,12 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         ValueError: no such data, or an image that can't be read.
     """
     root = Path(source)
-    parquet = root.is_file() or any(root.rglob("*.parquet"))
+    if not root.exists() and str(source) not in HUB_DATASETS:
+        raise ValueError(f"{source}: no such folder; give one with a folder of images for each class, or Parquet files")
+    parquet = root.is_file() or any(file for split in SPLITS for file in root.rglob(f"{split}-*.parquet"))
     torchvision = any((root / name).is_dir() or root.name == name for name in TORCHVISION_DATASETS)
     images: Any
-    if parquet or torchvision or str(source) in HUB_DATASETS or not root.is_dir():
+    if parquet or torchvision or str(source) in HUB_DATASETS:
         divided = not parquet or any(root.rglob("test-*.parquet"))
         data = load_images(source, split if divided else "train")
         images, labels, classes = data.images, data.labels, data.classes
@@ -141,10 +145,10 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         found = {key: next((parts[name] for name in names if name in parts), None) for key, names in SPLITS.items()}
         divided = None not in found.values()
         folders = [path for path in _visible(found[split if divided else "train"] or root) if path.is_dir()]
-        files = [
-            [path for path in _visible(folder, "**/*") if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
-            for folder in folders
-        ]
+        inside = [[path for path in _visible(folder, "**/*") if not path.is_dir()] for folder in folders]
+        if unread := [path for paths in inside for path in paths if path.suffix.lower() in UNREADABLE]:
+            raise ValueError(f"{unread[0]}: {unread[0].suffix} can't be read; make it a JPEG or move it away")
+        files = [[path for path in paths if path.suffix.lower() in EXTENSIONS] for paths in inside]
         if not all(files) or not files:
             empty = folders[files.index([])] if files else root
             raise ValueError(f"{empty}: holds no images; give a folder with a folder of images for each class")

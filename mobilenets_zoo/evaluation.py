@@ -1,6 +1,6 @@
 """Measuring a classifier on a labelled image set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mobilenets_zoo.data import ImageSet
 from mobilenets_zoo.profiling import eval_mode, input_size_of
 
-__all__ = ["Evaluation", "evaluate", "per_channel", "preprocess"]
+__all__ = ["Evaluation", "evaluate", "per_channel", "preprocess", "some"]
 
 ECE_BINS = 15
 
@@ -53,7 +53,8 @@ def preprocess(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
     return (images.float() / (stds * 255.0) - means / stds).permute(0, 3, 1, 2)
 
 
-def _some(names: tuple[str, ...]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Returns the first names of many, for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -83,8 +84,10 @@ def evaluate(
     if size != (channels, height, width):
         raise ValueError(f"the model takes images of {size}, the data has {(channels, height, width)}")
     names = tuple(map(str, cfg.get("label_names") or data.classes))
-    if len(names) == len(data.classes) and names != data.classes and not all(map(str.isdigit, data.classes)):
-        raise ValueError(f"the model's classes are {_some(names)}, the data's {_some(data.classes)}")
+    # Labels without names fit any names but the same numbers in another order, such as that of folders, 0, 1, 10, 2.
+    named = data.classes != tuple(map(str, range(len(names)))) or set(names) == set(data.classes)
+    if len(names) == len(data.classes) and names != data.classes and named:
+        raise ValueError(f"the model's classes are {some(names)}, the data's {some(data.classes)}")
     mean, std = (per_channel(cfg[key], channels) for key in ("mean", "std"))
     weight = next(model.parameters())
     all_logits = []

@@ -5,8 +5,10 @@ the nearer they are to the input. What is kept is a moving average of the weight
 """
 
 import hashlib
+import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,7 +30,7 @@ from torchvision.transforms import v2
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.data import ImageSet, read_split
-from mobilenets_zoo.evaluation import evaluate, preprocess
+from mobilenets_zoo.evaluation import evaluate, preprocess, some
 from mobilenets_zoo.files import atomic_write, write_json
 from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
@@ -46,6 +48,7 @@ SHOWN_IMAGES = 10_000  # by default, over all epochs: minutes on a CPU
 # (Wortsman et al., arXiv 2109.01903): by up to a point with 100 CIFAR-10 images a class.
 START_SHARE = 0.1
 PARTS = ("model", "average", "optimizer")  # of a run, in its checkpoint
+WRITTEN = ("checkpoint.pt", "model.safetensors", "config.json", "result.json", "model.onnx")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Settings:
     freeze: bool = False  # fit the classifier alone
     scratch: bool = False  # start from random weights
     seed: int = 0  # of initial weights, order and views
+
+    def __post_init__(self) -> None:
+        if not 0 < (1.0 if self.lr is None else self.lr) < math.inf or not 0 < self.layer_decay <= 1:
+            raise ValueError(f"lr must be above 0, layer_decay at most 1, not {self.lr} and {self.layer_decay}")
 
 
 def finetune(
@@ -95,20 +102,23 @@ def finetune(
         raise ValueError(f"{out} is a file; choose another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
-    for leftover in out.glob(f".{checkpoint.name}.*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    for leftover in (file for name in WRITTEN for file in out.glob(f".{name}.*.tmp")):
+        leftover.unlink()  # of a run that was killed while it wrote
     if not (force or resume) and any(out.iterdir()):
         raise ValueError(f"{out} exists; choose another folder, --resume an interrupted run there, or --force")
+    tempfile.TemporaryFile(dir=out).close()  # raises where nothing can be written
     torch.ones(1, device=device).cpu()  # raises where there is no such device
 
     start = time.perf_counter()
     model = create(name, settings)
     read = partial(progress.track, description="read images")
     train_set, test_set = (read_split(source, split, model, read) for split in ("train", "test"))
-    if train_set.classes != test_set.classes:
-        raise ValueError(f"{source}: training images are of {train_set.classes}, test images of {test_set.classes}")
-    if not 1 < len(train_set.classes) == len(np.unique(train_set.labels)):
-        raise ValueError(f"{source}: at least two classes with two images each are needed")
+    if one_sided := set(train_set.classes) ^ set(test_set.classes):
+        raise ValueError(f"{source}: classes without either training or test images: {some(sorted(one_sided))}")
+    few = [name for label, name in enumerate(train_set.classes) if label not in train_set.labels]
+    if few or len(train_set.classes) < 2:
+        which = f", not {some(few)}" if few else ""
+        raise ValueError(f"{source}: at least two classes with two images each are needed{which}")
     run = Run(model.to(device), train_set, settings)
     key = {"network": name, "settings": asdict(settings), "images": [digest(part) for part in (train_set, test_set)]}
     if resume:
@@ -131,6 +141,7 @@ def finetune(
         "train_images": len(train_set),
         "classes": len(train_set.classes),
         **asdict(settings),
+        "lr": run.lr,
         "epochs": run.epochs,
         "size": train_set.images.shape[1],
         "finished": finished,
@@ -146,6 +157,7 @@ def finetune(
         result |= {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
     write_json(out / "result.json", result)
     if finished:
+        progress.add_task("export", total=None)
         try:
             network = mz.optimize_for_inference(stored) if isinstance(stored, MobileNetBase) else stored
             mz.export_onnx(network, out / "model.onnx", preprocessing=True)
@@ -201,9 +213,9 @@ class Run:
         self.images = torch.from_numpy(images.images).permute(0, 3, 1, 2)
         self.labels = torch.from_numpy(images.labels).to(self.device)
         few = 1.0 if settings.scratch else min(1.0, len(images) / FEW_IMAGES)
-        lr = settings.lr or LR * few**0.5
+        self.lr = settings.lr or LR * few**0.5
         decay = 1.0 if settings.scratch else settings.layer_decay
-        self.optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05, layer_decay=decay)
+        self.optimizer = create_optimizer_v2(model, "adamw", lr=self.lr, weight_decay=0.05, layer_decay=decay)
         if settings.scratch:
             self.average = ModelEmaV3(model, decay=0.99, use_warmup=True, warmup_power=0.75)
         else:
@@ -271,7 +283,8 @@ class Run:
         torch.manual_seed(1000 * self.settings.seed + number)
         batches = torch.randperm(len(self.labels)).tensor_split(steps)  # even ones: BatchNorm can't take a single image
         total = steps * epochs
-        scheduler = CosineLRScheduler(self.optimizer, total, warmup_t=min(steps, total // 5), t_in_epochs=False)
+        # timm warns of a schedule of one step.
+        scheduler = CosineLRScheduler(self.optimizer, max(2, total), warmup_t=min(steps, total // 5), t_in_epochs=False)
         task = progress.add_task("", total=steps)
         self.model.train()
         seen = loss_sum = correct = 0.0
@@ -302,13 +315,15 @@ class Run:
     def save(self, checkpoint: Path, key: dict[str, Any]) -> None:
         """Writes a checkpoint; `key` says what it is of."""
         parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        content = io.BytesIO()  # torch says of a full disk where its writer stood
+        torch.save({"key": key, "history": self.history, **parts}, content)
         with atomic_write(checkpoint) as file:
-            torch.save({"key": key, "history": self.history, **parts}, file)
+            file.write(content.getbuffer())
 
     def resume(self, checkpoint: Path, key: dict[str, Any]) -> None:
         """Takes up a checkpoint, if it is of the same network, settings and images."""
         if not checkpoint.is_file():
-            raise ValueError(f"{checkpoint}: there is no such checkpoint to go on from; leave --resume out")
+            raise ValueError(f"{checkpoint}: nothing was interrupted there; leave --resume out, or use --force instead")
         try:
             state = torch.load(checkpoint, map_location=self.device, weights_only=True)
             different = [name for name in key if state["key"][name] != key[name]]

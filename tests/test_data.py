@@ -275,6 +275,12 @@ def test_evaluation_in_the_models_precision(dtype):
         ({}, made_up(channels=1), r"takes images of \(3, 32, 32\), the data has \(1, 32, 32\)"),
         ({"in_chans": 1}, made_up(), r"takes images of \(1, 32, 32\), the data has \(3, 32, 32\)"),
         ({}, made_up(classes=10), "has 100 classes, the data has 10"),
+        # Folders are in the order of text; numbers in their own order are labels without names.
+        (
+            {"pretrained_cfg_overlay": {"label_names": sorted(map(str, range(12)))}, "num_classes": 12},
+            made_up(classes=12),
+            "classes are 0, 1, 10, ..., the data's 0, 1, 2, ...",
+        ),
         ({}, made_up(images=0), "no images"),
     ],
 )

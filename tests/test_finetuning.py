@@ -1,6 +1,7 @@
 """Fine-tuning: what is read, what is trained, what is written, how a run ends and goes on."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,12 @@ def test_every_format_is_read_and_nothing_hidden(folder):
     picture(0, 9).save(folder / ".thumbnails" / "0.png")
     train, test = read(folder)
     assert (train.classes, len(train) + len(test)) == (("blue", "red"), 13)
+    (folder / "blue" / "phone.HEIC").write_text("not read, and not left out without a word")
+    with pytest.raises(ValueError, match=r"phone\.HEIC: \.HEIC can't be read; make it a JPEG"):
+        read(folder)
+    (folder / "blue" / "phone.HEIC").unlink()
+    (folder / "blue" / "about.parquet").write_text("not what holds the images")
+    assert len(read(folder)[0]) == len(train)
     (folder / "red" / "moved.png").symlink_to(folder / "nowhere.png")
     with pytest.raises(ValueError, match=r"moved\.png: No such file or directory; give a file that can be read"):
         read(folder)
@@ -324,10 +331,17 @@ def test_stopped_before_anything_was_learned(folder, tmp_path, run, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetuning.Run, "fit_classifier", stop)
-    code, _, err = run("finetune", W025, "--data", folder, "--out", tmp_path / "out")
+    arguments = ("finetune", W025, "--data", folder, "--out", tmp_path / "out")
+    code, _, err = run(*arguments)
     assert code == 130
     assert "stopped before anything was learned" in err
     assert not list((tmp_path / "out").iterdir())
+    # Another run's checkpoint, which this one was to replace, is nothing to go on from.
+    monkeypatch.setattr(finetuning, "create", stop)
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"old")
+    os.utime(tmp_path / "out" / "checkpoint.pt", (0, 0))
+    assert "stopped before anything was learned" in run(*arguments, "--force")[2]
+    assert "go on with --resume" in run(*arguments, "--resume")[2]
 
 
 def test_every_batch_has_at_least_two_images(tmp_path):
@@ -403,8 +417,11 @@ def test_the_average_holds_its_share_of_the_start(folder):
 def test_a_killed_writer_leaves_nothing_that_stands_in_the_way(folder, tmp_path, without_onnx):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".checkpoint.pt.0123456789abcdef.tmp").write_bytes(b"half")
-    assert finetune(folder, out, freeze=True)["finished"]
+    for name in (".checkpoint.pt.0123456789abcdef.tmp", ".model.safetensors.0123456789abcdef.tmp"):
+        (out / name).write_bytes(b"half")
+    result = finetune(folder, out, freeze=True)
+    assert result["finished"]
+    assert 0 < result["lr"] < finetuning.LR  # what was used, not what was asked for
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "result.json"}
 
 
@@ -432,20 +449,25 @@ def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "no/such"], "no/such"),
+        (["--data", "no/such"], "no/such: no such folder; give one with a folder of images for each class"),
         (["--data", "images/red"], "folder of images for each class"),
         (["--out", "images/out"], "lies in the folder of the images"),
         (["--out", "full"], "full exists; choose another folder"),
         (["--out", "full/mine.txt", "--force"], "mine.txt is a file"),
-        (["--out", "full", "--resume"], "no such checkpoint"),
+        (["--out", "full", "--resume"], "nothing was interrupted there"),
         (["--epochs", "0"], "--epochs"),
         (["--batch-size", "0"], "--batch-size"),
         (["--size", "0"], "--size"),
         (["--device", "meta"], "meta"),
         (["local-dir:full"], "local-dir:full can't be loaded: "),
         (["--lr", "1e6"], "the loss diverges"),
+        (["--lr", "inf"], "lr must be above 0"),
+        (["--layer-decay", "nan"], "layer_decay at most 1, not None and nan"),
+        (["--seed", str(2**32)], "--seed"),
         (["--data", "single"], "single: at least two images of a class are needed"),
-        (["--data", "differing"], "training images are of ('blue', 'red'), test images of ('blue', 'green')"),
+        (["--data", "uneven"], "two classes with two images each are needed, not blue"),
+        (["--data", "differing"], "classes without either training or test images: green, red"),
+        (["local-dir:fixed", "--size", "48"], "doesn't match model"),
     ],
 )
 def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypatch):
@@ -454,6 +476,12 @@ def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypa
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "full" / "config.json").write_text("{}")
     make_folder(tmp_path / "single", count=1)
+    make_folder(tmp_path / "uneven", count=2)
+    (tmp_path / "uneven" / "blue" / "0.png").unlink()
+    if "local-dir:fixed" in options:
+        arguments = {"depth": 1, "num_classes": 2}
+        vit = timm.create_model("vit_tiny_patch16_224", **arguments)
+        timm.models.save_for_hf(vit, tmp_path / "fixed", model_args=arguments, safe_serialization=True)
     for split in ("train", "test"):
         make_folder(tmp_path / "differing" / split, count=2)
     (tmp_path / "differing" / "test" / "red").rename(tmp_path / "differing" / "test" / "green")
