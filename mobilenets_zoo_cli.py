@@ -146,19 +146,17 @@ def info(name: str, as_json: bool) -> None:
     if name.startswith(SOURCES):
         model = _pretrained(name)
         cfg = model.pretrained_cfg
-        tags = []
         with contextlib.suppress(ValueError):  # nothing to condense, or masks that aren't finished
             model = mz.condense(model)
         cost = mz.profile(model, cfg["input_size"])
-        document = {"name": name, "params": cost.params, "macs": cost.macs, "weights": None}
+        document = {"name": name, "architecture": cfg["architecture"], "classes": cfg["num_classes"]}
+        document |= {"params": cost.params, "macs": cost.macs, "weights": None}
     else:
         cfg = timm.get_pretrained_cfg(name).to_dict()
-        tags = _tags(name.partition(".")[0])
-        document = catalogue.summary(name)
-    document["tags"] = tags
+        document = catalogue.summary(name) | {"tags": _tags(name.partition(".")[0])}
+        document["description"] = (timm.model_entrypoint(cfg["architecture"]).__doc__ or "").strip()
     document["input_size"] = list(cfg["input_size"])
     document["mean"], document["std"] = list(cfg["mean"]), list(cfg["std"])
-    document["description"] = (timm.model_entrypoint(cfg["architecture"]).__doc__ or "").strip()
     if as_json:
         _print_json(document)
         return
@@ -424,7 +422,7 @@ def _check_name(name: str) -> None:
     if model in names:
         raise InputError(f"{model} has no weight {tag!r}; its tags are {', '.join(_tags(model))}")
     matches = difflib.get_close_matches(model, names, 2) or [other for other in names if model and model in other]
-    close = " or ".join(matches[:2])
+    close = f"local-dir:{name}" if Path(name).is_dir() else " or ".join(matches[:2])
     hint = f"did you mean {close}?" if close else "see mobilenets-zoo list"
     raise InputError(f"there is no model {name!r}; {hint}")
 

@@ -131,6 +131,10 @@ def measure_agreement(data: mz.data.ImageSet) -> dict[str, Any]:
     return {"network": IMAGENET, "size": size, **row, "dense": 100.0, **shares}
 
 
+def load_results() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="CIFAR-100: Parquet folder, torchvision root, Hub id")
@@ -138,16 +142,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--networks", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     args = parser.parse_args(argv)
     keep_freed_memory()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     try:
         data = mz.data.load_images(args.data, "train")
         for name in args.networks:
-            if any(row["network"] == name for row in results["rows"]):
+            if any(row["network"] == name for row in load_results()):
                 continue
             row = measure_agreement(data) if name == IMAGENET else measure_trained(name, data)
             row["environment"] = environment()
-            results["rows"] = sorted([*results["rows"], row], key=lambda row: names.index(row["network"]))
-            mz.files.write_json(RESULTS, results)
+            rows = [*load_results(), row]  # another process may have added to them
+            mz.files.write_json(RESULTS, {"rows": sorted(rows, key=lambda row: names.index(row["network"]))})
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -115,6 +115,7 @@ def test_a_folder_is_a_name(run, photo, fine_tuned):
     assert {row["class"] for row in document["images"][0]["predictions"]} == {"cat", "dog"}
     document = json.loads(run("info", fine_tuned, "--json")[1])
     assert (document["params"], document["weights"]) == (1_073_796 - 98 * 1281, None)
+    assert (document["architecture"], document["classes"]) == ("mobilenetv2_lgc_cifar100", 2)
     assert fine_tuned in run("info", fine_tuned)[1]
 
 
@@ -151,6 +152,7 @@ def test_python_m_runs_the_command(monkeypatch, capsys):
         (["info", "resnet18"], "no model 'resnet18'; see mobilenets-zoo list"),
         (["info", "mobilenetv2_t1_cifar10"], "did you mean mobilenetv2_t1_cifar100 or mobilenetv2_"),
         (["info", "v1_w025"], "did you mean mobilenetv1_w025_cifar100?"),
+        (["info", "."], "did you mean local-dir:.?"),
         (["info"], "Missing argument"),
         (["nonsense"], "No such command"),
         (["predict"], "give an image file, or --demo"),

@@ -1,10 +1,10 @@
-"""The table on choosing groups: what benchmarks/groups.py measured."""
+"""The tables on choosing groups: what benchmarks/groups.py and benchmarks/compress.py measured."""
 
 from typing import Any
 
 from report import ROOT, load_json, markdown
 
-__all__ = ["groups_table"]
+__all__ = ["compress_table", "groups_table"]
 
 
 def _macs(row: dict[str, Any], key: str) -> str:
@@ -19,11 +19,25 @@ def groups_table() -> str:
         start = "images" if row["calibration_images"] else "-" if row["row"] == "dense" else "weights alone"
         if row["row"].endswith("_faster"):
             start += f", lr {row['lr']}"
-        costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), f"{row['ms']:.2f}" if "ms" in row else "-"]
-        rows.append([f"`{row['model']}`{arguments}", start, *costs, f"{row['start_top1']:.2f}", f"{row['top1']:.2f}"])
-    header = ["model", "start", "MACs (M)", "optimized (M)", "ms", "at once (%)", "after an epoch (%)"]
+        time = f"{row['time']['share']:.2f}" if "time" in row else "-"
+        costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), time]
+        scores = [f"{row[key]:.2f}" for key in ("start_top1", "top1")]
+        rows.append([f"`{row['model']}`{arguments}", start, *costs, *scores])
+    header = ["model", "start", "MACs (M)", "optimized (M)", "time", "at once (%)", "after an epoch (%)"]
     starts = []
     for row in (row for row in results if "start" in row):
         spent = "{seconds} s and {megabytes:,} MB ({threads} threads, {device})".format(**row["start"])
         starts.append(f"Choosing and refitting `{row['model']}` took {spent}, all that the process held.")
     return "\n\n".join([markdown(header, rows, left=2), *starts])
+
+
+def compress_table() -> str:
+    """Returns what is left of timm's networks, pruned by each rule, at once and after one more epoch."""
+    rows = []
+    for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
+        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", f"{row['calibration_images']:,}"]
+        keys = [f"{rule}{when}" for when in ("", "_epoch") for rule in ("dense", "magnitude", "images")]
+        scores = [f"{row[key]:.1f}" if key in row else "-" for key in keys]
+        rows.append([f"`{row['network']}`", f"{row['size']}", *costs, *scores])
+    header = ["network", "pixels", "MACs (M)", "images", "dense (%)", "magnitude", "with images"]
+    return markdown([*header, *("dense, epoch", "magnitude, epoch", "images, epoch")], rows)
