@@ -233,14 +233,14 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
 @json_option
 def evaluate(name: str, data: str, condensed: bool, batch_size: int, device: str, as_json: bool) -> None:
     """Measure a model's pretrained weights on the test images."""
-    catalogue.keep_freed_memory()
+    mz.utils.keep_freed_memory()
     model = _pretrained(name)
     if condensed:
         model = _condensed(model)
     try:
         model = model.to(torch.device(device), memory_format=torch.channels_last)
         images = mz.data.read_split(data, "test", model)
-        with catalogue.progress_bar() as progress:
+        with mz.utils.progress_bar() as progress:
             result = mz.evaluation.evaluate(model, images, batch_size, _counter(progress, name, len(images)))
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from error
@@ -291,7 +291,7 @@ def export(
             if len(test.classes) != model.num_classes:
                 raise ValueError(f"the data has {len(test.classes)} classes and the model {model.num_classes}")
             calibration = mz.onnx.calibration_images(train)
-        with catalogue.progress_bar() as progress:
+        with mz.utils.progress_bar() as progress:
             exported = _counter(progress, f"export {full_name}", 1)
             mz.export_onnx(network, file, preprocessing=with_preprocessing, calibration_images=calibration)
             exported(1)
@@ -334,10 +334,10 @@ def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: 
 
     _check_name(name)
     begun = time.time()
-    catalogue.keep_freed_memory()
+    mz.utils.keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
     try:
-        with catalogue.progress_bar() as progress:
+        with mz.utils.progress_bar() as progress:
             chosen = finetuning.Settings(**settings)
             result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last of networks with a fixed size

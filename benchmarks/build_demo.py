@@ -23,8 +23,8 @@ import timm
 from PIL import Image
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.files import write_json
 from mobilenets_zoo.pretrained import default_entry
+from mobilenets_zoo.utils import write_json
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "demo"
 

@@ -29,8 +29,8 @@ from training.augment import count_views, crop_and_mirror, resize
 from training.initial_weights import start_from
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import keep_freed_memory
 from mobilenets_zoo.evaluation import preprocess
+from mobilenets_zoo.utils import keep_freed_memory
 
 RESULTS = Path(__file__).with_name("compress.json")
 PADDING, BATCH, CALIBRATION, AGREEMENT_CALIBRATION, AGREEMENT_IMAGES = 4, 128, 2048, 512, 1000
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             row = measure_agreement(data) if name == IMAGENET else measure_trained(name, data)
             row["environment"] = environment()
             rows = [*load_results(), row]  # another process may have added to them
-            mz.files.write_json(RESULTS, {"rows": sorted(rows, key=lambda row: names.index(row["network"]))})
+            mz.utils.write_json(RESULTS, {"rows": sorted(rows, key=lambda row: names.index(row["network"]))})
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -27,9 +27,9 @@ from torch import nn
 from training.recipe import RUNS, Recipe, load_recipe
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.pretrained import WEIGHTS_DIR
+from mobilenets_zoo.utils import keep_freed_memory, progress_bar
 
 
 def measure(recipe: Recipe, run: Path, data: str, device: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def taught_by(recipe: Recipe) -> str | None:
 
 
 def copy(source: Path, target: Path) -> None:
-    with mz.files.atomic_write(target) as file, open(source, "rb") as content:
+    with mz.utils.atomic_write(target) as file, open(source, "rb") as content:
         shutil.copyfileobj(content, file)
 
 
@@ -106,7 +106,7 @@ def record(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
     for file in (run / "log.csv", run / "masks.json"):
         if file.exists():
             copy(file, folder / file.name)
-    mz.files.write_json(folder / "result.json", result)
+    mz.utils.write_json(folder / "result.json", result)
 
 
 def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def bundle(recipe: Recipe, run: Path, result: dict[str, Any]) -> None:
         "revision": manifest.get(recipe.name, {}).get("revision"),  # measured again it is the same file
         "taught_by": result["taught_by"],
     }
-    mz.files.write_json(WEIGHTS_DIR / "manifest.json", dict(sorted(manifest.items())))
+    mz.utils.write_json(WEIGHTS_DIR / "manifest.json", dict(sorted(manifest.items())))
 
 
 def main(argv: list[str] | None = None) -> int:

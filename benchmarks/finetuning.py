@@ -27,10 +27,10 @@ from rich.progress import Progress
 from timm.data import create_transform, resolve_model_data_config
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import keep_freed_memory
 from mobilenets_zoo.data import ImageSet
 from mobilenets_zoo.evaluation import evaluate
 from mobilenets_zoo.finetuning import Run, Settings, create
+from mobilenets_zoo.utils import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "finetuning.csv"
 COLUMNS = ["data", "model", "method", "per_class", "seed", "epochs", "top1", "seconds", "threads", "device", "torch"]

@@ -34,8 +34,8 @@ from train import CHECKPOINT, Trainer, held_out, load_soft_labels
 from training.recipe import Recipe
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import evaluate, preprocess
+from mobilenets_zoo.utils import keep_freed_memory, progress_bar
 
 RESULTS = Path(__file__).with_name("groups.json")
 PARENT = "mobilenetv2_cifar100.kd_e26_r32"
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.time:
             results = load_results()
             time_rows(results["rows"], args.out)
-            mz.files.write_json(RESULTS, results)
+            mz.utils.write_json(RESULTS, results)
             return 0
         if args.starts:
             results = load_results()
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             if not chosen:
                 raise ValueError("--starts needs --rows with one row that is measured")
             time_start(chosen[0], args.data, args.out)
-            mz.files.write_json(RESULTS, results)
+            mz.utils.write_json(RESULTS, results)
             return 0
         keep_freed_memory()  # not where time and memory are measured: users may not
         for name in args.rows:
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             row = measure(name, args.data, args.out / name, args.device)
             results = load_results()  # another process may have added to it
             rows = sorted([*results["rows"], row], key=lambda row: list(ROWS).index(row["row"]))
-            mz.files.write_json(RESULTS, results | {"rows": rows})
+            mz.utils.write_json(RESULTS, results | {"rows": rows})
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         lines = ",\n".join(map(json.dumps, rows))  # a row per line keeps differences between runs readable
         head = f'"unit": "milliseconds per image",\n"environment": {json.dumps(env)}'
-        with mz.files.atomic_write(args.out, "w") as output:
+        with mz.utils.atomic_write(args.out, "w") as output:
             output.write(f'{{\n{head},\n"rows": [\n{lines}\n]\n}}\n')
     for row in rows:
         where = " ".join(str(row[key]) for key in ("runtime", "precision", "threads", "batch"))

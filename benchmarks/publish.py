@@ -163,7 +163,7 @@ def record_revision(entry: WeightEntry, revision: str) -> None:
     path = pretrained.WEIGHTS_DIR / "manifest.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
     rows[entry.name]["revision"] = revision
-    mz.files.write_json(path, rows)
+    mz.utils.write_json(path, rows)
     pretrained.manifest.cache_clear()
 
 

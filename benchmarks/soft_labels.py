@@ -28,9 +28,8 @@ from training.augment import count_views, crop_and_mirror, resize
 from training.recipe import Recipe, load_recipe
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import preprocess
-from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.utils import atomic_write, keep_freed_memory, progress_bar
 
 STEPS_PER_NAT = 20.0
 TENSORS = ("views", "classes", "log_probs", "rest")

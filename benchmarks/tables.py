@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for path, text in (texts | {figure.path: figure.svg() for figure in figures}).items():
         path.parent.mkdir(exist_ok=True)
-        with mz.files.atomic_write(path, "w", encoding="utf-8") as file:
+        with mz.utils.atomic_write(path, "w", encoding="utf-8") as file:
             file.write(text)
     print(f"wrote {names}" if names else "up to date")
     return 0

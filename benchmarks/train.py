@@ -30,8 +30,8 @@ from training.recipe import RUNS, SHARED_FIELDS, Recipe, load_recipe
 from training.student import Student, health
 
 import mobilenets_zoo as mz
-from mobilenets_zoo.catalogue import keep_freed_memory, progress_bar
 from mobilenets_zoo.evaluation import preprocess
+from mobilenets_zoo.utils import keep_freed_memory, progress_bar
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 180
@@ -211,7 +211,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
         state = {**self.identity, "step": self.step, "epoch_seconds": self.epoch_seconds}
-        with mz.files.atomic_write(self.out / CHECKPOINT) as file:
+        with mz.utils.atomic_write(self.out / CHECKPOINT) as file:
             torch.save({**state, "students": [student.state_dict() for student in self.students]}, file)
 
     def load(self) -> None:
@@ -333,7 +333,7 @@ def train(args: argparse.Namespace) -> int:
     for student in trainer.students:
         student.out.mkdir(parents=True, exist_ok=True)
         if trainer.step < trainer.total_steps:  # else nothing is left to train on this machine
-            mz.files.write_json(student.out / "run.json", {**environment(str(device)), "together": len(recipes)})
+            mz.utils.write_json(student.out / "run.json", {**environment(str(device)), "together": len(recipes)})
     trainer.save()  # what can't be written shows before the training
 
     def on_sigterm(*_: Any) -> None:

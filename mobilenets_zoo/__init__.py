@@ -4,7 +4,7 @@ import timm, mobilenets_zoo
 model = timm.create_model("mobilenetv1_w025_cifar100", pretrained=True)
 """
 
-from mobilenets_zoo import catalogue, data, evaluation, files, models, pretrained, profiling
+from mobilenets_zoo import catalogue, data, evaluation, models, pretrained, profiling, utils
 from mobilenets_zoo.data import CIFAR100_CLASSES
 from mobilenets_zoo.inference import onnx
 from mobilenets_zoo.inference.onnx import OnnxClassifier, export_onnx
@@ -39,7 +39,6 @@ __all__ = [
     "data",
     "evaluation",
     "export_onnx",
-    "files",
     "group_lasso",
     "learned_layers",
     "manifest",
@@ -52,4 +51,5 @@ __all__ = [
     "prune_groups",
     "save_weights",
     "to_learned_group_conv",
+    "utils",
 ]

@@ -1,27 +1,15 @@
-"""What commands share: the registered models' cost, measured time and weights without building them; a progress bar."""
+"""What the registered models cost, how fast they are and which weights they have, without building them."""
 
-import ctypes
 import json
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import timm
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mobilenets_zoo.pretrained import WeightsError, default_entry
 
-__all__ = [
-    "FAST_MS",
-    "MODEL_PATTERN",
-    "best_model",
-    "keep_freed_memory",
-    "model_names",
-    "progress_bar",
-    "summary",
-]
+__all__ = ["FAST_MS", "MODEL_PATTERN", "best_model", "model_names", "summary"]
 
 MODEL_PATTERN = "*_cifar100"
 
@@ -66,23 +54,6 @@ def best_model() -> str:
     rows = [row for row in map(summary, model_names()) if row["weights"]]
     fast = [row for row in rows if row["ms"] and row["ms"] < FAST_MS]
     return max(fast or rows, key=lambda row: row["weights"]["top1"])["name"]
-
-
-def progress_bar() -> Progress:
-    """Returns a progress bar on standard error."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def keep_freed_memory() -> bool:
-    """Lets this process keep the memory of freed maps for the next ones; returns whether malloc accepts it.
-
-    glibc gives large ones back to the system, and each layer on a CPU waits while it hands out zeroed pages one by one.
-    The process then stays at about the most memory that it has needed. Other C libraries have no such switch.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    m_mmap_max, m_trim_threshold = -4, -1  # of malloc.h; mallopt(3)
-    return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
 @lru_cache(maxsize=1)

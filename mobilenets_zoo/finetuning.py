@@ -31,10 +31,10 @@ from torchvision.transforms import v2
 import mobilenets_zoo as mz
 from mobilenets_zoo.data import ImageSet, read_split
 from mobilenets_zoo.evaluation import evaluate, preprocess, some
-from mobilenets_zoo.files import atomic_write, write_json
 from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
 from mobilenets_zoo.pretrained import write_config
+from mobilenets_zoo.utils import atomic_write, write_json
 
 __all__ = ["Run", "Settings", "create", "finetune"]
 

@@ -23,10 +23,10 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from mobilenets_zoo.files import atomic_write, write_json
 from mobilenets_zoo.lgc.condense import condense, learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, condense_weight, expand_weight
 from mobilenets_zoo.normalisation import normalise_
+from mobilenets_zoo.utils import atomic_write, write_json
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 SOURCE_VARIABLE = "MOBILENETS_ZOO_SOURCE"

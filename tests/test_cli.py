@@ -376,7 +376,7 @@ main()
 def test_freed_memory_is_kept_for_the_next_maps():
     code = """
         import resource, torch
-        from mobilenets_zoo.catalogue import keep_freed_memory
+        from mobilenets_zoo.utils import keep_freed_memory
 
         def page_faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

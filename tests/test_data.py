@@ -15,7 +15,7 @@ from PIL import Image
 
 from mobilenets_zoo.data import ImageSet, load_images, read_image, read_split
 from mobilenets_zoo.evaluation import evaluate
-from mobilenets_zoo.files import atomic_write
+from mobilenets_zoo.utils import atomic_write
 
 TEST_PIXELS = "25298951534f6b9afdfd0676eff99bb482acc7b9a68051dfc6c35006f90af038"
 

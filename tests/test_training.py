@@ -724,7 +724,7 @@ def test_a_weight_is_bundled_and_makes_place_for_the_next(project, data, monkeyp
     assert row["taught_by"] is None
     assert row["file"] == f"{name}.safetensors"  # not the model's default tag
     # Published and measured again, it stays the file of that commit.
-    mz.files.write_json(weights / "manifest.json", {name: row | {"revision": "1234"}})
+    mz.utils.write_json(weights / "manifest.json", {name: row | {"revision": "1234"}})
     assert measured(first, out, data, "--bundle") == 0
     assert json.loads((weights / "manifest.json").read_text()) == {name: row | {"revision": "1234"}}
     # A default weight's file is the model's; the one that it replaces stays where a recipe starts from it.

@@ -153,13 +153,13 @@ class Student:
         self.masks.append({**entry, "masks": masks})
 
     def write_logs(self) -> None:
-        with mz.files.atomic_write(self.out / "log.csv", "w", newline="") as file:
+        with mz.utils.atomic_write(self.out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, LOG_FIELDS)
             writer.writeheader()
             for entry in self.log:
                 writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in entry.items()})
         if self.masks:
-            with mz.files.atomic_write(self.out / "masks.json", "w") as file:
+            with mz.utils.atomic_write(self.out / "masks.json", "w") as file:
                 file.write(json.dumps(self.masks) + "\n")
 
     def state_dict(self) -> dict[str, Any]:

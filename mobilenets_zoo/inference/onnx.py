@@ -19,11 +19,11 @@ from torch import nn
 import mobilenets_zoo
 from mobilenets_zoo.data import ImageSet
 from mobilenets_zoo.evaluation import per_channel, preprocess
-from mobilenets_zoo.files import atomic_write
 from mobilenets_zoo.inference.optimize import FoldedConv2d
 from mobilenets_zoo.inference.rewrites import as_convolution
 from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent, learned_layers
 from mobilenets_zoo.profiling import input_size_of
+from mobilenets_zoo.utils import atomic_write
 
 __all__ = ["OnnxClassifier", "calibration_images", "export_onnx", "onnx_top1"]
 

@@ -1,14 +1,19 @@
-"""Writing files so that a reader never sees half of one."""
+"""What commands share: writing files so that a reader never sees half of one, a progress bar, freed memory."""
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_write", "write_json"]
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["atomic_write", "keep_freed_memory", "progress_bar", "write_json"]
 
 
 @contextlib.contextmanager
@@ -42,3 +47,20 @@ def write_json(path: str | Path, document: Any) -> None:
     """Writes a JSON document as `atomic_write` does."""
     with atomic_write(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(document, indent=2) + "\n")
+
+
+def progress_bar() -> Progress:
+    """Returns a progress bar on standard error."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory of freed maps for the next ones; returns whether malloc accepts it.
+
+    glibc gives large ones back to the system, and each layer on a CPU waits while it hands out zeroed pages one by one.
+    The process then stays at about the most memory that it has needed. Other C libraries have no such switch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_mmap_max, m_trim_threshold = -4, -1  # of malloc.h; mallopt(3)
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
