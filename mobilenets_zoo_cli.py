@@ -333,18 +333,19 @@ def finetune(name: str, data: str, out: Path, device: str, force: bool, resume: 
     from mobilenets_zoo import finetuning
 
     _check_name(name)
-    begun = time.time()
     mz.utils.keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what was learned saved
+    checkpoint, before = out / "checkpoint.pt", None
     try:
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
         with mz.utils.progress_bar() as progress:
             chosen = finetuning.Settings(**settings)
             result = finetuning.finetune(name, data, out, chosen, progress, device, force, resume)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last of networks with a fixed size
+    except (ValueError, OSError, RuntimeError) as error:
         raise InputError(str(error)) from error
     except KeyboardInterrupt:
-        checkpoint = out / "checkpoint.pt"  # that of a run that --force replaces doesn't count
-        learned = checkpoint.exists() and (resume or checkpoint.stat().st_mtime >= begun)
+        # That of a run that --force replaces doesn't count.
+        learned = checkpoint.exists() and (resume or checkpoint.stat().st_mtime_ns != before)
         click.echo(
             f"{out}: stopped" + ("; go on with --resume" if learned else " before anything was learned"), err=True
         )
@@ -422,7 +423,8 @@ def _check_name(name: str) -> None:
     if model in names:
         raise InputError(f"{model} has no weight {tag!r}; its tags are {', '.join(_tags(model))}")
     matches = difflib.get_close_matches(model, names, 2) or [other for other in names if model and model in other]
-    close = f"local-dir:{name}" if Path(name).is_dir() else " or ".join(matches[:2])
+    folder = [f"local-dir:{name}"] if name and os.path.isdir(name) else []
+    close = " or ".join([*matches[:2], *folder])
     hint = f"did you mean {close}?" if close else "see mobilenets-zoo list"
     raise InputError(f"there is no model {name!r}; {hint}")
 

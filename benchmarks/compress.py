@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             row = measure_agreement(data) if name == IMAGENET else measure_trained(name, data)
             row["environment"] = environment()
-            rows = [*load_results(), row]  # another process may have added to them
+            # Another process may have added to them.
+            rows = [*(other for other in load_results() if other["network"] != name), row]
             mz.utils.write_json(RESULTS, {"rows": sorted(rows, key=lambda row: names.index(row["network"]))})
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

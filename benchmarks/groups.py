@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import timm
 import torch
 from evaluate import create
@@ -40,7 +41,7 @@ from mobilenets_zoo.utils import keep_freed_memory, progress_bar
 RESULTS = Path(__file__).with_name("groups.json")
 PARENT = "mobilenetv2_cifar100.kd_e26_r32"
 NARROW = {"model": "mobilenetv2_cifar100", "model_args": {"width_mult": 0.55}}
-NARROW_PROJ = {"model": "mobilenetv2_cifar100", "model_args": {"width_mult": 0.625}}  # as much as lgc_proj optimised
+NARROW_PROJ = {"model": "mobilenetv2_cifar100", "model_args": {"width_mult": 0.625}}  # lgc_proj's optimized cost
 IMAGES = 2048
 
 # By row: model and calibration images; with 0, learned groups are pruned by magnitude in stages while training. The
@@ -115,6 +116,8 @@ def time_rows(rows: list[dict[str, Any]], out: Path) -> None:
     It is a share of the parent's, which takes turns with them, so rows may be timed on several days.
     """
     rows = [row for row in rows if (out / row["row"] / "model.safetensors").exists()]
+    if not rows:
+        raise ValueError(f"{out} holds no weights of a row that is measured")
     networks = {row["row"]: create(recipe_of(row["row"]), out / row["row"], 100, "cpu") for row in rows}
     networks = {"": timm.create_model(PARENT, pretrained=True).eval(), **networks}
     forms, exported = [], False
@@ -128,7 +131,8 @@ def time_rows(rows: list[dict[str, Any]], out: Path) -> None:
         raise ValueError("the networks are exported now; the same command again times them")
     parent, *timed = time_cells(forms, [Cell("onnxruntime", 1, 1)], seconds=3.0)
     for row, own in zip(rows, timed, strict=True):
-        row["time"] = {"share": round(own["ms"] / parent["ms"], 3), "ms": round(own["ms"], 3), **environment()}
+        share, runtime = round(own["ms"] / parent["ms"], 3), {"onnxruntime": onnxruntime.__version__}
+        row["time"] = {"share": share, "ms": round(own["ms"], 3), **environment(), **runtime}
 
 
 def time_start(row: dict[str, Any], data: str, out: Path) -> None:
@@ -174,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             row = measure(name, args.data, args.out / name, args.device)
             results = load_results()  # another process may have added to it
-            rows = sorted([*results["rows"], row], key=lambda row: list(ROWS).index(row["row"]))
+            others = [other for other in results["rows"] if other["row"] != name]
+            rows = sorted([*others, row], key=lambda row: list(ROWS).index(row["row"]))
             mz.utils.write_json(RESULTS, results | {"rows": rows})
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

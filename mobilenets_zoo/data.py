@@ -132,7 +132,8 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
     """
     root = Path(source)
     if not root.exists() and str(source) not in HUB_DATASETS:
-        raise ValueError(f"{source}: no such folder; give one with a folder of images for each class, or Parquet files")
+        known = f"Parquet files, a torchvision root or one of {', '.join(HUB_DATASETS)}"
+        raise ValueError(f"{source}: no such folder; give one with a folder of images for each class, {known}")
     parquet = root.is_file() or any(file for split in SPLITS for file in root.rglob(f"{split}-*.parquet"))
     torchvision = any((root / name).is_dir() or root.name == name for name in TORCHVISION_DATASETS)
     images: Any
@@ -151,7 +152,8 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         files = [[path for path in paths if path.suffix.lower() in EXTENSIONS] for paths in inside]
         if not all(files) or not files:
             empty = folders[files.index([])] if files else root
-            raise ValueError(f"{empty}: holds no images; give a folder with a folder of images for each class")
+            kinds = "a folder of images for each class, or with train-*.parquet"
+            raise ValueError(f"{empty}: holds no images; give a folder with {kinds}")
         images, classes = [path for paths in files for path in paths], tuple(folder.name for folder in folders)
         labels = np.repeat(np.arange(len(files)), list(map(len, files)))
     if not divided:

@@ -85,7 +85,8 @@ def evaluate(
         raise ValueError(f"the model takes images of {size}, the data has {(channels, height, width)}")
     names = tuple(map(str, cfg.get("label_names") or data.classes))
     # Labels without names fit any names but the same numbers in another order, such as that of folders, 0, 1, 10, 2.
-    named = data.classes != tuple(map(str, range(len(names)))) or set(names) == set(data.classes)
+    numbers = [int(name) for name in data.classes if name.isdecimal()]
+    named = numbers != list(range(len(data.classes))) or set(names) == set(data.classes)
     if len(names) == len(data.classes) and names != data.classes and named:
         raise ValueError(f"the model's classes are {some(names)}, the data's {some(data.classes)}")
     mean, std = (per_channel(cfg[key], channels) for key in ("mean", "std"))

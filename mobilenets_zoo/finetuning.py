@@ -34,6 +34,7 @@ from mobilenets_zoo.evaluation import evaluate, preprocess, some
 from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
 from mobilenets_zoo.pretrained import write_config
+from mobilenets_zoo.profiling import eval_mode
 from mobilenets_zoo.utils import atomic_write, write_json
 
 __all__ = ["Run", "Settings", "create", "finetune"]
@@ -53,7 +54,7 @@ WRITTEN = ("checkpoint.pt", "model.safetensors", "config.json", "result.json", "
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result besides network and images."""
+    """What decides the result besides network and images; ValueError where it can't."""
 
     epochs: Optional[int] = None  # by default 10 for 1,000 images, 5 for more, up to 40 for fewer
     batch_size: int = 32
@@ -67,7 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0 < (1.0 if self.lr is None else self.lr) < math.inf or not 0 < self.layer_decay <= 1:
-            raise ValueError(f"lr must be above 0, layer_decay at most 1, not {self.lr} and {self.layer_decay}")
+            values = f"lr={self.lr} and layer_decay={self.layer_decay}"
+            raise ValueError(f"lr must be finite and above 0, layer_decay above 0 and at most 1, not {values}")
 
 
 def finetune(
@@ -115,10 +117,12 @@ def finetune(
     train_set, test_set = (read_split(source, split, model, read) for split in ("train", "test"))
     if one_sided := set(train_set.classes) ^ set(test_set.classes):
         raise ValueError(f"{source}: classes without either training or test images: {some(sorted(one_sided))}")
-    few = [name for label, name in enumerate(train_set.classes) if label not in train_set.labels]
-    if few or len(train_set.classes) < 2:
-        which = f", not {some(few)}" if few else ""
-        raise ValueError(f"{source}: at least two classes with two images each are needed{which}")
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"{source}: training and test images have the same classes in different orders")
+    if few := [name for label, name in enumerate(train_set.classes) if label not in train_set.labels]:
+        raise ValueError(f"{source}: too few images to train and test with, of {some(few)}")
+    if len(train_set.classes) < 2:
+        raise ValueError(f"{source}: at least two classes are needed")
     run = Run(model.to(device), train_set, settings)
     key = {"network": name, "settings": asdict(settings), "images": [digest(part) for part in (train_set, test_set)]}
     if resume:
@@ -141,7 +145,7 @@ def finetune(
         "train_images": len(train_set),
         "classes": len(train_set.classes),
         **asdict(settings),
-        "lr": run.lr,
+        "lr": run.lr if run.epochs else None,
         "epochs": run.epochs,
         "size": train_set.images.shape[1],
         "finished": finished,
@@ -157,12 +161,13 @@ def finetune(
         result |= {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
     write_json(out / "result.json", result)
     if finished:
-        progress.add_task("export", total=None)
+        task = progress.add_task("export", total=1)
         try:
             network = mz.optimize_for_inference(stored) if isinstance(stored, MobileNetBase) else stored
             mz.export_onnx(network, out / "model.onnx", preprocessing=True)
         except (ImportError, ValueError, RuntimeError) as error:  # somebody else's network may not be exportable
             progress.console.print(f"model.onnx isn't written: {error}", **plain)
+        progress.update(task, completed=1)
         checkpoint.unlink(missing_ok=True)
     return result
 
@@ -171,8 +176,8 @@ def create(name: str, settings: Settings) -> Any:
     """Returns the network to start from, still with its own classes.
 
     Raises:
-        ValueError: it doesn't take colour images, its classifier isn't one linear layer, or somebody else's folder
-            can't be loaded.
+        ValueError: it doesn't take colour images, or not of this size, its classifier isn't one linear layer, or
+            somebody else's folder can't be loaded.
     """
     torch.manual_seed(settings.seed)
     try:
@@ -188,6 +193,11 @@ def create(name: str, settings: Settings) -> Any:
     if not isinstance(classifier, nn.Linear) or classifier.bias is None:
         raise ValueError(f"{name}: its classifier isn't one linear layer with a bias; give another network")
     size = (3, settings.size or height, settings.size or width)
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(torch.zeros(1, *size))
+    except Exception as error:  # an AssertionError of networks with a fixed size, others of too small ones
+        raise ValueError(f"{name} can't take images of {size[1]}x{size[2]} pixels: {error}; change --size") from error
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size, tag="finetuned")
     for layer in mz.learned_layers(model).values():  # a finished mask stays as it is
         layer.prune_(layer.in_channels // layer.condense_factor)

@@ -153,6 +153,8 @@ def test_python_m_runs_the_command(monkeypatch, capsys):
         (["info", "mobilenetv2_t1_cifar10"], "did you mean mobilenetv2_t1_cifar100 or mobilenetv2_"),
         (["info", "v1_w025"], "did you mean mobilenetv1_w025_cifar100?"),
         (["info", "."], "did you mean local-dir:.?"),
+        (["info", ""], "no model ''; see mobilenets-zoo list"),
+        (["info", "x" * 300], "; see mobilenets-zoo list"),
         (["info"], "Missing argument"),
         (["nonsense"], "No such command"),
         (["predict"], "give an image file, or --demo"),

@@ -419,7 +419,7 @@ def test_a_killed_writer_leaves_nothing_that_stands_in_the_way(folder, tmp_path,
     out.mkdir()
     for name in (".checkpoint.pt.0123456789abcdef.tmp", ".model.safetensors.0123456789abcdef.tmp"):
         (out / name).write_bytes(b"half")
-    result = finetune(folder, out, freeze=True)
+    result = finetune(folder, out, epochs=1)
     assert result["finished"]
     assert 0 < result["lr"] < finetuning.LR  # what was used, not what was asked for
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "result.json"}
@@ -461,13 +461,18 @@ def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):
         (["--device", "meta"], "meta"),
         (["local-dir:full"], "local-dir:full can't be loaded: "),
         (["--lr", "1e6"], "the loss diverges"),
-        (["--lr", "inf"], "lr must be above 0"),
-        (["--layer-decay", "nan"], "layer_decay at most 1, not None and nan"),
+        (["--lr", "inf"], "lr must be finite and above 0"),
+        (["--layer-decay", "nan"], "at most 1, not lr=None and layer_decay=nan"),
         (["--seed", str(2**32)], "--seed"),
         (["--data", "single"], "single: at least two images of a class are needed"),
-        (["--data", "uneven"], "two classes with two images each are needed, not blue"),
+        (["--data", "uneven"], "too few images to train and test with, of blue"),
+        (["--data", "alone"], "at least two classes are needed"),
+        (
+            ["--data", "odd"],
+            "odd: holds no images; give a folder with a folder of images for each class, or with train-",
+        ),
         (["--data", "differing"], "classes without either training or test images: green, red"),
-        (["local-dir:fixed", "--size", "48"], "doesn't match model"),
+        (["local-dir:fixed", "--size", "48"], "can't take images of 48x48 pixels: Input height (48) doesn't match"),
     ],
 )
 def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypatch):
@@ -478,6 +483,10 @@ def test_bad_input_is_one_line(options, message, folder, tmp_path, run, monkeypa
     make_folder(tmp_path / "single", count=1)
     make_folder(tmp_path / "uneven", count=2)
     (tmp_path / "uneven" / "blue" / "0.png").unlink()
+    make_folder(tmp_path / "alone")
+    shutil.rmtree(tmp_path / "alone" / "blue")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "0000.parquet").write_bytes(b"of another name")
     if "local-dir:fixed" in options:
         arguments = {"depth": 1, "num_classes": 2}
         vit = timm.create_model("vit_tiny_patch16_224", **arguments)

@@ -167,15 +167,13 @@ def test_each_step_drops_the_input_that_costs_least():
     assert row.error == pytest.approx(error.item(), rel=1e-3)
 
 
-SHUFFLE = nn.Sequential(nn.Conv2d(8, 128, 1), nn.PixelShuffle(2))
-
-
 @pytest.mark.parametrize("size", [8, 16])
-@pytest.mark.parametrize("up", [nn.ConvTranspose2d(8, 32, 2, 2), SHUFFLE])
-def test_enlarged_maps_are_seen_as_a_whole(size, up):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_enlarged_maps_are_seen_as_a_whole(size, shuffle):
     """What enlarges maps puts out other statistics at odd positions than at even ones."""
     torch.manual_seed(0)
-    model = nn.Sequential(copy.deepcopy(up), nn.ReLU(), mz.LearnedGroupConv2d(32, 16, bias=True)).eval()
+    up = nn.Sequential(nn.Conv2d(8, 128, 1), nn.PixelShuffle(2)) if shuffle else nn.ConvTranspose2d(8, 32, 2, 2)
+    model = nn.Sequential(up, nn.ReLU(), mz.LearnedGroupConv2d(32, 16, bias=True)).eval()
     dense, images = copy.deepcopy(model), torch.randn(40, 8, size, size)
     report = mz.prune_groups(model, images)
     assert relative_error(model, dense, images) == pytest.approx(report.layers["2"].error, rel=0.15)
@@ -188,7 +186,7 @@ def test_a_hook_on_the_layer_changes_nothing():
     dense, images = copy.deepcopy(model), correlated(40, 16, size=4)
     report = mz.prune_groups(model, images)
     assert relative_error(model, dense, images) == pytest.approx(report.layers["0"].error, rel=0.05)
-    with pytest.raises(ValueError, match="0: the condensed layer wouldn't have its hooks"):
+    with pytest.raises(ValueError, match="0: can't condense a layer with forward hooks"):
         mz.condense(model)
     handle.remove()
     mz.check_equivalent(model, mz.condense(model), images)
@@ -306,7 +304,7 @@ def test_an_error_changes_nothing():
     with pytest.raises(ValueError, match="not finite"):
         mz.CondenseSchedule(model).step(1.0)
     assert model[0].mask.all()
-    with pytest.raises(ValueError, match="give a tensor or a list, not a generator"):
+    with pytest.raises(ValueError, match="only once"):
         mz.CondenseSchedule(model, (image for image in [torch.randn(8, 16, 4, 4)]))
 
 
@@ -352,9 +350,9 @@ class Once:
         (dict(images=torch.randn(16, 4, 4)), "floating-point"),
         (dict(images=[]), "no images"),
         (dict(images=torch.randn(0, 16, 4, 4)), "no images"),
-        (dict(images=iter([torch.randn(8, 16, 4, 4)])), "give a tensor or a list, not a list_iterator"),
-        (dict(images=42), "not a int"),
-        (dict(images=Once(torch.randn(8, 16, 4, 4))), "or only once"),
+        (dict(images=iter([torch.randn(8, 16, 4, 4)])), "only once"),
+        (dict(images=42), "a list of batches or a DataLoader, not int"),
+        (dict(images=Once(torch.randn(8, 16, 4, 4))), "only once"),
         (dict(inputs=17), "0: inputs must be in 1...16, not 17"),
         (dict(inputs=lambda layer: 0), "not 0"),
         (dict(inputs=lambda layer: layer.in_channels / 3), "not 5.33"),

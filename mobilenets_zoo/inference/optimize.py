@@ -110,7 +110,7 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
 
     Raises:
         TypeError: not a network of the zoo.
-        ValueError: a mask isn't finished, or the outputs differ by more than 1e-4 (float32, and a network in half
+        ValueError: what `condense` raises, or the outputs differ by more than 1e-4 (float32, and a network in half
             precision, which is rewritten in float32) or 1e-11 (float64) of their scale.
     """
     if not isinstance(model, MobileNetBase):

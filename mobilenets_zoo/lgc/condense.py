@@ -39,8 +39,6 @@ def condense(model: nn.Module) -> nn.Module:
     layers = learned_layers(model)
     condensed: dict[int, CondensedConv2d] = {}  # by identity, so that a shared layer stays shared
     for name, layer in layers.items():
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            raise ValueError(f"{name}: the condensed layer wouldn't have its hooks; remove them first")
         try:
             condensed[id(layer)] = layer.condense()
         except ValueError as error:

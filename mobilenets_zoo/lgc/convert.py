@@ -103,6 +103,8 @@ def to_learned_group_conv(
     size = input_size or input_size_of(model) or (3, 224, 224)
     finished = copy.deepcopy(result)
     for layer in learned_layers(finished).values():
+        layer._forward_hooks.clear()  # it is only counted
+        layer._forward_pre_hooks.clear()
         layer.prune_(layer.in_channels // layer.condense_factor)
     report = ConversionReport(tuple(converted), left, profile(model, size), profile(condense(finished), size))
     return result, report

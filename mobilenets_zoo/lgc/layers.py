@@ -167,8 +167,11 @@ class LearnedGroupConv2d(_GroupConv2d):
         Device, dtype, training flag and requires_grad carry over.
 
         Raises:
-            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs.
+            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs, or the layer has forward
+                hooks, which the new one wouldn't have.
         """
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ValueError("can't condense a layer with forward hooks, which would be lost: remove them first")
         weight, index = condense_weight(self.weight.detach(), self.mask, self.condense_factor)
         sizes = (self.in_channels, self.out_channels, self.groups, self.condense_factor)
         # All tensors are replaced, so that none need be drawn.

@@ -36,6 +36,7 @@ POSITIONS = 64
 ENOUGH_IMAGES, ENOUGH_POSITIONS = 256, 64
 # Pixels in a batch, where the images come as one tensor: on a CPU, maps that malloc takes from the heap are faster.
 BATCH_PIXELS = {"cpu": 2**14, "cuda": 2**20}
+ONCE = "the images can be iterated only once and are needed many times: make them a list"
 # Added to an input's second moment, as a share of itself and of the layer's mean.
 RIDGE = (1e-4, 1e-6)
 
@@ -150,8 +151,10 @@ def batches_of(images: Union[torch.Tensor, Iterable[Any]], is_cuda: bool = False
     if isinstance(images, torch.Tensor):
         pixels = BATCH_PIXELS["cuda" if is_cuda else "cpu"]
         return images.split(max(1, pixels // max(1, images.shape[-2:].numel()))) if images.ndim else [images]
-    if isinstance(images, Iterator) or not isinstance(images, Iterable):
-        raise ValueError(f"images are needed many times: give a tensor or a list, not a {type(images).__name__}")
+    if isinstance(images, Iterator):
+        raise ValueError(ONCE)
+    if not isinstance(images, Iterable):
+        raise ValueError(f"images must be a tensor, a list of batches or a DataLoader, not {type(images).__name__}")
     return images
 
 
@@ -201,7 +204,7 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, tak
     # First: a hook of the user's may change what the module puts out.
     handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module in modules]
     try:
-        network(images.to(next(network.parameters())))
+        network(images.to(next(network.parameters(), images)))
     except _LastCall:
         pass
     finally:
@@ -216,7 +219,7 @@ def _positions(maps: torch.Tensor) -> torch.Tensor:
     They lie at random: a grid would see one phase of what a stride further up has enlarged, and little of the borders.
     """
     maps = maps.permute(0, 2, 3, 1).flatten(1, 2)
-    chosen = torch.randperm(maps.shape[1], generator=torch.Generator().manual_seed(0))[:POSITIONS]
+    chosen = torch.randperm(maps.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[:POSITIONS]
     # A copy, since an activation in place may follow; autocast leaves float64 alone.
     return maps[:, chosen.to(maps.device)].flatten(0, 1).double()
 
@@ -236,7 +239,7 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
     counts = torch.tensor([count, count == 0, first is None], device=next(model.parameters()).device)
     images, without, once = _sum_over_processes(counts).tolist()
     if without or once or first is None:
-        raise ValueError("there are no images to calibrate with, or only once")
+        raise ValueError("there are no images to calibrate with" if without else ONCE)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     with _Readers() as readers:  # of maps; an id may have been another map's before, and is this one's to the end
         trace = _trace(
