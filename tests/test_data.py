@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -291,6 +292,16 @@ def test_evaluation_checks_first_what_fits(arguments, data, message):
         evaluate(model, data, 2, done.append)
     assert not done
     assert model.training
+
+
+@pytest.mark.parametrize("form", ["{}", "{:02}"])
+def test_labels_without_names_fit_any_names(form):
+    data = replace(made_up(classes=12), classes=tuple(map(form.format, range(12))))
+    cfg = {"label_names": [f"class {label}" for label in range(12)]}
+    model = timm.create_model("mobilenetv1_w025_cifar100", num_classes=12, pretrained_cfg_overlay=cfg)
+    assert evaluate(model, data).images == len(data)
+    with pytest.raises(ValueError, match="the model's classes are class 0, "):
+        evaluate(model, replace(data, classes=data.classes[::-1]))
 
 
 def test_outputs_that_are_not_finite_are_no_result():
