@@ -36,8 +36,7 @@ def compress_table() -> str:
     rows = []
     for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
         costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", f"{row['calibration_images']:,}"]
-        keys = [f"{rule}{when}" for when in ("", "_epoch") for rule in ("dense", "magnitude", "images")]
-        scores = [f"{row[key]:.1f}" if key in row else "-" for key in keys]
+        pairs = [[row.get(rule + when) for when in ("", "_epoch")] for rule in ("dense", "magnitude", "images")]
+        scores = [" / ".join(f"{value:.1f}" for value in pair if value is not None) for pair in pairs]
         rows.append([f"`{row['network']}`", f"{row['size']}", *costs, *scores])
-    header = ["network", "pixels", "MACs (M)", "images", "dense (%)", "magnitude", "with images"]
-    return markdown([*header, *("dense, epoch", "magnitude, epoch", "images, epoch")], rows)
+    return markdown(["network", "pixels", "MACs (M)", "images", "dense (%)", "magnitude", "with images"], rows)
