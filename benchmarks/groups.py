@@ -7,17 +7,18 @@
 Every network starts from the dense parent's weights and trains on 45,000 of the training images, with the same settings
 but for the learning rate of rows called faster. Each is measured on the test images, which neither the parent nor the
 calibration has seen, before the first step and after the last. Rows that benchmarks/groups.json holds are skipped, and
-a training that was stopped goes on. --time exports what was trained and, when it is called again, times it as a share
-of the dense parent: a process that has exported is slow. --starts adds how long the start of one row takes, with what
-memory.
+a training that was stopped goes on. --time times what was trained as a share of the dense parent. --starts adds how
+long the start of one row takes, with what memory.
 """
 
 import argparse
 import copy
 import json
+import multiprocessing
 import resource
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,46 +108,56 @@ def measure(row: str, data: str, out: Path, device: str) -> dict[str, Any]:
     optimized = mz.optimize_for_inference(model)
     macs = {"macs": mz.profile(model).macs, "optimized_macs": mz.profile(optimized).macs}
     scores = {"start_top1": start_top1, "top1": top1(model, test)}
-    return {"row": row, **asdict(recipe), **macs, **scores, "trained_on": environment(device)}
+    return {**asdict(recipe), **macs, **scores, "trained_on": environment(device)}
 
 
-def time_rows(rows: list[dict[str, Any]], out: Path) -> None:
+def optimized(row: str, out: Path) -> Form:
+    """Returns what inference gets of a row's weights; of "", of the parent's."""
+    model = create(recipe_of(row), out / row, 100, "cpu") if row else timm.create_model(PARENT, pretrained=True).eval()
+    return Form(row, "optimized", None, mz.optimize_for_inference(model), path=out / row / "optimized.onnx")
+
+
+def export(row: str, out: Path) -> None:
+    form = optimized(row, out)
+    mz.export_onnx(form.network, str(form.path), input_size=(3, 32, 32))
+
+
+def time_rows(out: Path) -> None:
     """Adds to each row whose weights are there the time of one image on one thread of ONNX Runtime.
 
     It is a share of the parent's, which takes turns with them, so rows may be timed on several days.
     """
-    rows = [row for row in rows if (out / row["row"] / "model.safetensors").exists()]
-    if not rows:
+    names = [row["row"] for row in load_results()["rows"] if (out / row["row"] / "model.safetensors").exists()]
+    if not names:
         raise ValueError(f"{out} holds no weights of a row that is measured")
-    networks = {row["row"]: create(recipe_of(row["row"]), out / row["row"], 100, "cpu") for row in rows}
-    networks = {"": timm.create_model(PARENT, pretrained=True).eval(), **networks}
-    forms, exported = [], False
-    for name, network in networks.items():
-        network, path = mz.optimize_for_inference(network), out / name / "optimized.onnx"
-        if not path.exists():
-            mz.export_onnx(network, path, input_size=(3, 32, 32))
-            exported = True
-        forms.append(Form(name, "optimized", None, network, path=path))
-    if exported:
-        raise ValueError("the networks are exported now; the same command again times them")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # who has exported runs networks slower
+        list(pool.map(export, ["", *names], [out] * (1 + len(names))))
+    forms = [optimized(name, out) for name in ["", *names]]
     parent, *timed = time_cells(forms, [Cell("onnxruntime", 1, 1)], seconds=3.0)
-    for row, own in zip(rows, timed, strict=True):
+    for name, own in zip(names, timed, strict=True):
         share, runtime = round(own["ms"] / parent["ms"], 3), {"onnxruntime": onnxruntime.__version__}
-        row["time"] = {"share": share, "ms": round(own["ms"], 3), **environment(), **runtime}
+        add(name, time={"share": share, "ms": round(own["ms"], 3), **environment(), **runtime})
 
 
-def time_start(row: dict[str, Any], data: str, out: Path) -> None:
+def time_start(row: str, data: str, out: Path) -> None:
     """Adds the seconds of a start, and the largest memory that this process has had, with the images and all else."""
     images = mz.data.load_images(data, "train")
     start = time.perf_counter()
-    Trainer([recipe_of(row["row"])], images, None, None, torch.device("cpu"), out)
+    Trainer([recipe_of(row)], images, None, None, torch.device("cpu"), out)
     seconds = round(time.perf_counter() - start)
     megabytes = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    row["start"] = {"seconds": seconds, "megabytes": megabytes, **environment()}
+    add(row, start={"seconds": seconds, "megabytes": megabytes, **environment()})
 
 
 def load_results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+
+
+def add(name: str, **values: Any) -> None:
+    """Adds values to a row, or a row, of the results as they are now: another process may have added to them."""
+    rows = {row["row"]: row for row in load_results()["rows"]}
+    rows[name] = rows.get(name, {"row": name}) | values
+    mz.utils.write_json(RESULTS, {"rows": sorted(rows.values(), key=lambda row: list(ROWS).index(row["row"]))})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,27 +171,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.time:
-            results = load_results()
-            time_rows(results["rows"], args.out)
-            mz.utils.write_json(RESULTS, results)
+            time_rows(args.out)
             return 0
         if args.starts:
-            results = load_results()
-            chosen = [row for row in results["rows"] if [row["row"]] == args.rows]
-            if not chosen:
+            if args.rows not in [[row["row"]] for row in load_results()["rows"]]:
                 raise ValueError("--starts needs --rows with one row that is measured")
-            time_start(chosen[0], args.data, args.out)
-            mz.utils.write_json(RESULTS, results)
+            time_start(args.rows[0], args.data, args.out)
             return 0
         keep_freed_memory()  # not where time and memory are measured: users may not
         for name in args.rows:
             if any(row["row"] == name for row in load_results()["rows"]):
                 continue
-            row = measure(name, args.data, args.out / name, args.device)
-            results = load_results()  # another process may have added to it
-            others = [other for other in results["rows"] if other["row"] != name]
-            rows = sorted([*others, row], key=lambda row: list(ROWS).index(row["row"]))
-            mz.utils.write_json(RESULTS, results | {"rows": rows})
+            add(name, **measure(name, args.data, args.out / name, args.device))
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
