@@ -5,10 +5,11 @@
     python benchmarks/groups.py --data DIR --out DIR --starts --rows NAME
 
 Every network starts from the dense parent's weights and trains on 45,000 of the training images, with the same settings
-but for the learning rate of starts from weights alone. Each is measured on the test images, which neither the parent nor the
-calibration has seen, before the first step and after the last. Rows that benchmarks/groups.json holds are skipped, and
-a training that was stopped goes on. --time times what was trained as a share of the dense parent. --starts adds how
-long the start of one row takes, with what memory.
+but for the learning rate of starts from weights alone. Each is measured on the test images, which neither the parent
+nor the calibration has seen, before the first step and after the last. Rows that benchmarks/groups.json holds are
+skipped, and a training that was stopped goes on; "earlier" ones there, of other settings, are shown and left alone.
+--time times what was trained as a share of the dense parent. --starts adds how long a row's start takes, with what
+memory.
 """
 
 import argparse
