@@ -7,9 +7,8 @@
 Every network starts from the dense parent's weights and trains on 45,000 of the training images, with the same settings
 but for the learning rate of starts from weights alone. Each is measured on the test images, which neither the parent
 nor the calibration has seen, before the first step and after the last. Rows that benchmarks/groups.json holds are
-skipped, and a training that was stopped goes on; "earlier" ones there, of other settings, are shown and left alone.
---time times what was trained as a share of the dense parent. --starts adds how long a row's start takes, with what
-memory.
+skipped, and a training that was stopped goes on. --time times what was trained as a share of the dense parent. --starts
+adds how long a row's start takes, with what memory.
 """
 
 import argparse
@@ -150,7 +149,7 @@ def time_start(row: str, data: str, out: Path) -> None:
 
 
 def load_results() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": [], "earlier": []}
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
 
 
 def add(name: str, **values: Any) -> None:

@@ -246,7 +246,7 @@ def test_rows_of_groups_are_recipes_of_networks_that_can_start(row):
 
 
 def test_rows_of_groups_were_measured_with_todays_settings():
-    """Else the table would compare what doesn't compare; those of other settings belong to "earlier"."""
+    """Else the table would compare what doesn't compare."""
     for row in groups.load_results()["rows"]:
         settings = json.loads(json.dumps(dataclasses.asdict(groups.recipe_of(row["row"]))))
         assert settings.items() <= row.items(), row["row"]

@@ -13,22 +13,20 @@ def _macs(row: dict[str, Any], key: str) -> str:
 
 def groups_table() -> str:
     """Returns what each start of the family has right at once, and after one epoch."""
-    rows, measured = [], load_json(ROOT / "benchmarks" / "groups.json")
-    results = measured["rows"] + measured["earlier"]
+    rows, results = [], load_json(ROOT / "benchmarks" / "groups.json")["rows"]
     for row in results:
         arguments = "".join(f" `{key}={value}`" for key, value in row["model_args"].items())
         start = "images" if row["calibration_images"] else "-" if row["row"] == "dense" else "weights alone"
-        settings = f"{row['sizes'][0][1]} px, {row['lr']}"
         time = f"{row['time']['share']:.2f}" if "time" in row else "-"
         costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), time]
         scores = [f"{row[key]:.2f}" for key in ("start_top1", "top1")]
-        rows.append([f"`{row['model']}`{arguments}", start, settings, *costs, *scores])
-    header = ["model", "start", "epoch", "MACs (M)", "optimized (M)", "time", "at once (%)", "after it (%)"]
+        rows.append([f"`{row['model']}`{arguments}", start, *costs, *scores])
+    header = ["model", "start", "MACs (M)", "optimized (M)", "time", "at once (%)", "after it (%)"]
     starts = []
     for row in (row for row in results if "start" in row):
         spent = "{seconds} s and {megabytes:,} MB ({threads} threads, {device})".format(**row["start"])
         starts.append(f"Choosing and refitting `{row['model']}` took {spent}, all that the process held.")
-    return "\n\n".join([markdown(header, rows, left=3), *starts])
+    return "\n\n".join([markdown(header, rows, left=2), *starts])
 
 
 def compress_table() -> str:
