@@ -62,8 +62,8 @@ ROWS: dict[str, dict[str, Any]] = {
 def recipe_of(row: str) -> Recipe:
     """One epoch, at the size of the images that the networks are measured with.
 
-    Size and learning rate were chosen in 100 steps with a whole cosine, by how often a network answers like the parent
-    on CIFAR-10's test images, which none has seen: "trials" in groups.json.
+    Size and the learning rate of starts with images were chosen in 100 steps with a whole cosine, by how often a
+    network answers like the parent on CIFAR-10's test images, which none has seen: "trials" in groups.json.
     """
     settings: dict[str, Any] = dict(epochs=1, batch_size=128, lr=0.001, warmup_epochs=0.1, weight_decay=0.005, cutmix=0)
     settings.update(ema_decay=0.99, bn_batches=25, precision="fp32", sizes=((1.0, 32),))

@@ -191,14 +191,14 @@ def export_all(names: list[str], folder: Path) -> None:
         list(track(done, "export", total=len(names), console=Console(stderr=True)))
 
 
-def session_runner(path: Path | str, x: torch.Tensor, threads: int) -> Callable[[], object]:
+def session_runner(path: str, x: torch.Tensor, threads: int) -> Callable[[], object]:
     """Returns what runs an ONNX file on a batch."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # An idle session's threads would otherwise spin on a core that the next form in turn needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 

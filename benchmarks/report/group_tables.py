@@ -11,14 +11,17 @@ def _macs(row: dict[str, Any], key: str) -> str:
     return f"{row[key] / 1e6:.1f}"
 
 
+def _time(row: dict[str, Any]) -> str:
+    return f"{row['time']['share']:.2f}" if "time" in row else "-"
+
+
 def groups_table() -> str:
     """Returns what each start of the family has right at once, and after one epoch."""
     rows, results = [], load_json(ROOT / "benchmarks" / "groups.json")["rows"]
     for row in results:
         arguments = "".join(f" `{key}={value}`" for key, value in row["model_args"].items())
         start = "images" if row["calibration_images"] else "-" if row["row"] == "dense" else "weights alone"
-        time = f"{row['time']['share']:.2f}" if "time" in row else "-"
-        costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), time]
+        costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), _time(row)]
         scores = [f"{row[key]:.2f}" for key in ("start_top1", "top1")]
         rows.append([f"`{row['model']}`{arguments}", start, *costs, *scores])
     header = ["model", "start", "MACs (M)", "optimized (M)", "time", "at once (%)", "after it (%)"]
@@ -33,8 +36,7 @@ def compress_table() -> str:
     """Returns what is left of timm's networks, pruned by each rule, at once and after one more epoch."""
     rows = []
     for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
-        time = f"{row['time']['share']:.2f}" if "time" in row else "-"
-        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", time]
+        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", _time(row)]
         pairs = [[row.get(rule + when) for when in ("", "_epoch")] for rule in ("dense", "magnitude", "images")]
         scores = [" / ".join(f"{value:.1f}" for value in pair if value is not None) for pair in pairs]
         rows.append([f"`{row['network']}`", f"{row['size']}", *costs, *scores])
