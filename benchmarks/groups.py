@@ -50,6 +50,7 @@ IMAGES = 2048
 ROWS: dict[str, dict[str, Any]] = {
     **{kind: {"model": f"mobilenetv2_{kind}_cifar100", "calibration_images": IMAGES}
        for kind in ("lgc", "lgc_proj", "lgc_exp", "gc", "gc_proj", "gc_exp", "gc_lgc", "lgc_gc")},
+    "lgc_proj_shared": {"model": "mobilenetv2_lgc_proj_cifar100", "calibration_images": IMAGES, "sharing": 0.5},
     "narrow": {**NARROW, "calibration_images": IMAGES},
     "narrow_proj": {**NARROW_PROJ, "calibration_images": IMAGES},
     **{f"{kind}_plain": {"model": f"mobilenetv2_{kind}_cifar100", "calibration_images": 0, "lr": 0.003}

@@ -108,6 +108,17 @@ def test_refitting_brings_a_start_closer(name, arguments):
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_with_sharing_fewer_channels_are_read():
+    torch.manual_seed(0)
+    dense = lively("mobilenetv2_cifar100", **SMALL)
+    read = []
+    for sharing in (0.0, 1.0):
+        start = timm.create_model("mobilenetv2_lgc_proj_cifar100", **SMALL).eval()
+        transfer(dense, start, CALIBRATION, sharing)
+        read.append(sum(int(layer.mask.any(0).sum()) for layer in mz.learned_layers(start).values()))
+    assert read[1] < 0.9 * read[0]
+
+
 def test_a_narrower_network_has_the_channels_that_matter():
     """Channels between bottlenecks that are always zero, and hidden ones that nothing reads, go: nothing changes."""
     wide = lively("mobilenetv2_cifar100", **{**SMALL, "width_mult": 0.5})

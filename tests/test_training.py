@@ -136,7 +136,7 @@ def test_shipped_recipes_are_those_of_their_results(path):
     assert measured.exists() != ("# Not run yet" in path.read_text())
     if measured.exists() and not recipe.pretraining:  # the teacher was never measured on test images
         result = json.loads(measured.read_text())
-        younger = {"calibration_images": 0, "teacher": ""}  # keys that not all results have
+        younger = {"calibration_images": 0, "sharing": 0.0, "teacher": ""}  # keys that not all results have
         assert json.loads(json.dumps(dataclasses.asdict(recipe))) == younger | result["recipe"]
         assert result["taught_by"] == evaluate.taught_by(recipe)
     assert not recipe.soft_labels or (ROOT / "benchmarks" / recipe.soft_labels).exists()
@@ -156,6 +156,7 @@ def test_shipped_recipes_are_those_of_their_results(path):
         (dict(teacher="runs/t", soft_labels="labels.safetensors", kd_weight=1), "exclude one another"),
         (dict(init_from="package:a/b.pth"), "go together"),
         (dict(init_sha256="0"), "go together"),
+        (dict(sharing=0.5), "sharing needs calibration_images"),
         (dict(text='model = "x"'), "missing .* 'tag' and 'epochs'"),
         (dict(text="model = "), "Invalid value"),
     ],
@@ -371,9 +372,9 @@ def test_calibration_images_choose_groups_before_the_first_step(tmp_path, data, 
     dense = timm.create_model("mobilenetv2_cifar100", width_mult=0.25, expand_ratio=2, num_classes=10)
     seen = []
 
-    def start_from(model, source, sha256, images):
+    def start_from(model, source, sha256, images, sharing):
         seen.append(images)
-        transfer(dense, model, images)
+        transfer(dense, model, images, sharing)
 
     monkeypatch.setattr(student, "start_from", start_from)
     changes = dict(epochs=1, bn_batches=2, init_from="mobilenetv2_cifar100.some", calibration_images=40)

@@ -21,6 +21,7 @@ def groups_table() -> str:
     for row in results:
         arguments = "".join(f" `{key}={value}`" for key, value in row["model_args"].items())
         start = "images" if row["calibration_images"] else "-" if row["row"] == "dense" else "weights alone"
+        start += f", `sharing={row['sharing']}`" if row["sharing"] else ""
         costs = [_macs(row, "macs"), _macs(row, "optimized_macs"), _time(row)]
         scores = [f"{row[key]:.2f}" for key in ("start_top1", "top1")]
         rows.append([f"`{row['model']}`{arguments}", start, *costs, *scores])

@@ -30,7 +30,9 @@ from training.recipe import RUNS
 __all__ = ["start_from", "transfer"]
 
 
-def start_from(model: nn.Module, source: str, sha256: str = "", images: Optional[torch.Tensor] = None) -> None:
+def start_from(
+    model: nn.Module, source: str, sha256: str = "", images: Optional[torch.Tensor] = None, sharing: float = 0.0
+) -> None:
     """Loads a recipe's `init_from` into a new network, in place; a classifier of another size stays as it is.
 
     Args:
@@ -38,6 +40,7 @@ def start_from(model: nn.Module, source: str, sha256: str = "", images: Optional
         source: where the weights come from.
         sha256: digest that a package's file must have.
         images: calibration images (N, 3, H, W), normalised.
+        sharing: how much `mz.prune_groups` prefers inputs that other groups read.
 
     Raises:
         ValueError: the source doesn't exist, is altered, or fits the network in no way.
@@ -51,7 +54,7 @@ def start_from(model: nn.Module, source: str, sha256: str = "", images: Optional
         else:
             overlay = {"file": str(RUNS / source / "model.safetensors")}
             origin = timm.create_model(source.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay)
-        transfer(origin, model, images)
+        transfer(origin, model, images, sharing)
         normalise_(model)  # a group's rows are a part of the dense network's
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"init_from {source!r} can't be loaded: {error}") from error
@@ -81,7 +84,7 @@ def _load_package_file(model: nn.Module, source: str, sha256: str) -> None:
 
 
 @torch.no_grad()
-def transfer(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor] = None) -> None:
+def transfer(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor] = None, sharing: float = 0.0) -> None:
     """Loads one zoo network's weights into another, in place.
 
     Raises:
@@ -92,13 +95,13 @@ def transfer(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor
     if _shapes(source) == _shapes(target):
         target.load_state_dict(source.state_dict())
         if images is not None:
-            mz.prune_groups(target, images)
+            mz.prune_groups(target, images, sharing=sharing)
     elif not isinstance(source, mz.MobileNetV2) or not isinstance(target, mz.MobileNetV2):
         raise ValueError(refusal)
     elif not _is_dense(source):
         raise ValueError(f"{refusal}: its 1x1 convolutions must be dense")
     elif _widths(source) == _widths(target):
-        _group(source, target, images)
+        _group(source, target, images, sharing)
     elif not _is_dense(target) or any(old < new for old, new in zip(_widths(source), _widths(target), strict=True)):
         raise ValueError(f"{refusal}: a dense one can be narrowed, nothing else")
     else:
@@ -130,7 +133,7 @@ def _widths(model: nn.Module) -> list[int]:
     return [_channels(layer) for layer in (model.get_submodule("stem"), *_layers(model))]
 
 
-def _group(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor]) -> None:
+def _group(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor], sharing: float) -> None:
     """Starts a network with groups from a dense one of its width."""
     # The dense network with the target's shuffles: its fixed groups are learned layers for now.
     dense = copy.deepcopy(target).eval()
@@ -154,7 +157,7 @@ def _group(source: nn.Module, target: nn.Module, images: Optional[torch.Tensor])
     for layer in fixed.values():  # each group reads its own block of the inputs
         layer.mask.copy_(torch.eye(layer.groups).repeat_interleave(layer.in_channels // layer.groups, 1))
     if images is not None:
-        mz.prune_groups(dense.to(images.device), images, teacher=teacher.to(images.device))
+        mz.prune_groups(dense.to(images.device), images, teacher=teacher.to(images.device), sharing=sharing)
     state = dense.state_dict()
     for name, layer in fixed.items():
         state[f"{name}.weight"] = layer.condense().weight

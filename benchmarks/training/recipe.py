@@ -38,6 +38,7 @@ class Recipe:
         init_sha256: digest that the file of an installed package must have.
         calibration_images: training images, drawn by the seed, by whose outputs learned groups are chosen before the
             first step, and kept weights refitted to those of `init_from`; with 0, magnitude chooses groups in stages.
+        sharing: of `mz.prune_groups`: above 0, groups with calibration images prefer inputs that other groups read.
         pretraining: what the package's weights were trained on.
         seed: initial weights, order of images and augmentation follow from it.
         batch_size: images per optimiser step.
@@ -68,6 +69,7 @@ class Recipe:
     init_from: str = ""
     init_sha256: str = ""
     calibration_images: int = 0
+    sharing: float = 0.0
     pretraining: str = ""
     seed: int = 0
     batch_size: int = 256
@@ -104,6 +106,8 @@ class Recipe:
             raise ValueError("kd_weight goes together with teacher or soft_labels: set both or neither")
         if self.calibration_images and (not self.init_from or self.init_from.startswith("package:")):
             raise ValueError("calibration_images needs init_from = 'MODEL.TAG', whose outputs are the target")
+        if self.sharing and not self.calibration_images:
+            raise ValueError("sharing needs calibration_images: without, magnitude chooses groups")
         if not self.init_from.startswith("package:") == bool(self.init_sha256) == bool(self.pretraining):
             raise ValueError("init_from = 'package:...', init_sha256 and pretraining go together: set all or none")
 

@@ -57,7 +57,8 @@ class Student:
         torch.manual_seed(recipe.seed)
         model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
         if recipe.init_from and not resumed:
-            start_from(model, recipe.init_from, recipe.init_sha256, self._calibration(model, images))
+            calibration = self._calibration(model, images)
+            start_from(model, recipe.init_from, recipe.init_sha256, calibration, recipe.sharing)
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
         # In step n, from 0 on, the decay is n / (n + 10), and ema_decay at most.
         self.average = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
