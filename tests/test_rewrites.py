@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import ALL_MODELS, LGC_MODELS, lively, with_lively_statistics, with_random_masks
+from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import preprocess
@@ -223,11 +226,11 @@ def test_an_optimized_network_does_not_train():
     assert network.eval() is network
 
 
-def test_unfinished_masks_and_foreign_models_are_refused():
+def test_unfinished_masks_and_networks_without_groups_are_refused():
     with pytest.raises(ValueError, match="can't condense"):
         mz.optimize_for_inference(timm.create_model("mobilenetv2_lgc_cifar100"))
-    with pytest.raises(TypeError, match="not a network of the zoo"):
-        mz.optimize_for_inference(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="there is nothing to condense"):
+        mz.optimize_for_inference(nn.Linear(3, 3), input_size=(3, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["mobilenetv1_w025_cifar100", "mobilenetv2_t1_cifar100"])
@@ -243,3 +246,103 @@ def test_a_network_that_was_given_learned_groups_is_rewritten(name):
     pointwise = [m for m in dense.modules() if isinstance(m, FoldedConv2d) and m.kernel_size == (1, 1)]
     assert pointwise
     assert all(layer.groups == 1 and layer.index is None for layer in pointwise)
+
+
+# Other networks
+
+SIZE = (3, 64, 64)
+
+
+def kernel_weights(model: nn.Module) -> int:
+    """Counts the weights of convolutions larger than 1x1, which are never learned."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size > (1, 1))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("efficientnet_lite0", "mobilenetv3_small_050", "mobilenetv4_conv_small", "regnetx_002", "convnext_atto"),
+        *("ghostnet_050", "densenet121", "torchvision"),
+    ],
+)
+def test_other_networks_lose_channels_that_nothing_reads(name):
+    network = torchvision.models.mobilenet_v2() if name == "torchvision" else timm.create_model(name)
+    learned, _ = mz.to_learned_group_conv(with_lively_statistics(network), input_size=SIZE)
+    learned = with_random_masks(learned).eval()
+    before = copy.deepcopy(learned.state_dict())
+    image, full = torch.randn(1, *SIZE), kernel_weights(learned)
+    for dense in (False, True):
+        optimized = mz.optimize_for_inference(learned, dense=dense, input_size=SIZE)
+        mz.check_equivalent(learned, optimized, image, tolerance=1e-4)
+        # In the others something else reads them, too, or kernels are grouped.
+        alone = name in ("efficientnet_lite0", "mobilenetv4_conv_small", "torchvision")
+        assert kernel_weights(optimized) <= (0.9 if alone else 1.0) * full
+        folded = [m for m in optimized.modules() if isinstance(m, FoldedConv2d)]
+        assert len(folded) == len(mz.learned_layers(learned))
+        assert not dense or all(layer.groups == 1 and layer.index is None for layer in folded)
+    assert all(torch.equal(before[key], value) for key, value in learned.state_dict().items())
+
+
+def reader(inputs: int, groups: int = 2) -> mz.CondensedConv2d:
+    """Reads every fourth channel alone, with each group."""
+    layer = mz.CondensedConv2d(inputs, 8, groups, 4)
+    layer.index = torch.arange(0, inputs, 4).repeat(groups)
+    return layer
+
+
+class Twice(nn.Sequential):
+    """Its first layer's outputs are read a second time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self[0](x)
+        return self[2](self[1](x)) + x.mean()
+
+
+@pytest.mark.parametrize(
+    ("layers", "left"),
+    [
+        (lambda: [nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.ReLU(inplace=True)], 32),
+        (lambda: [nn.Conv2d(3, 128, 3), BatchNormAct2d(128), nn.Conv2d(128, 128, 3, groups=128), nn.SiLU()], 32),
+        (lambda: [nn.Conv2d(3, 16, 1), nn.Conv2d(16, 128, 3, groups=4), nn.Hardswish()], 32),
+        (lambda: [mz.CondensedConv2d(3, 24, 1, 1), mz.CondensedConv2d(24, 128, 8, 4), nn.Dropout()], 32),
+        (lambda: [nn.Conv2d(3, 80, 1), nn.Identity()], 32),  # 20 are read, and whole registers stay
+        (lambda: [nn.Conv2d(3, 128, 3), nn.PReLU(128)], 128),
+        (lambda: [nn.Conv2d(3, 128, 3), nn.Softmax(1)], 128),
+        (lambda: [nn.Conv2d(3, 128, 3), nn.GroupNorm(4, 128)], 128),
+        (lambda: [nn.Conv2d(3, 64, 3), nn.Conv2d(64, 128, 3, groups=64)], 64),  # one of each group's two
+        (lambda: [weight_norm(nn.Conv2d(3, 128, 3))], 128),
+        (lambda: [nn.Conv2d(3, 128, 3), *2 * [nn.Conv2d(128, 128, 1, groups=128)]], 128),  # one layer runs twice
+    ],
+)
+def test_channels_go_only_where_each_is_by_itself(layers, left):
+    torch.manual_seed(0)
+    parts = layers()
+    inputs = next(len(part.weight) for part in reversed(parts) if isinstance(part, (nn.Conv2d, mz.CondensedConv2d)))
+    network = with_lively_statistics(nn.Sequential(*parts, reader(inputs)))
+    optimized = mz.optimize_for_inference(network, input_size=(3, 12, 12))
+    mz.check_equivalent(network, optimized, torch.randn(2, 3, 12, 12))
+    with_weights = [part for part in optimized[:-1] if isinstance(part, (nn.Conv2d, mz.CondensedConv2d))]
+    assert with_weights[-1].out_channels == left
+
+
+def test_what_is_read_elsewhere_stays():
+    network = Twice(nn.Conv2d(3, 128, 3), nn.ReLU(), reader(128)).eval()
+    optimized = mz.optimize_for_inference(network, input_size=(3, 12, 12))
+    assert optimized[0].out_channels == 128
+    mz.check_equivalent(network, optimized, torch.randn(2, 3, 12, 12))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = reader(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def test_networks_that_cannot_be_traced_or_have_no_size_are_refused():
+    with pytest.raises(ValueError, match=r"torch.fx can't trace Branching: .*; use mz.condense"):
+        mz.optimize_for_inference(Branching(), input_size=(16, 8, 8))
+    with pytest.raises(ValueError, match="Sequential names no input size; pass input_size="):
+        mz.optimize_for_inference(nn.Sequential(reader(16)))

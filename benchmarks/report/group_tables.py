@@ -37,8 +37,10 @@ def compress_table() -> str:
     """Returns what is left of timm's networks, pruned by each rule, at once and after one more epoch."""
     rows = []
     for row in load_json(ROOT / "benchmarks" / "compress.json")["rows"]:
-        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", _time(row)]
+        optimized = _macs(row, "optimized_macs") if "optimized_macs" in row else "-"
+        costs = [f"{_macs(row, 'macs')} to {_macs(row, 'condensed_macs')}", optimized, _time(row)]
         pairs = [[row.get(rule + when) for when in ("", "_epoch")] for rule in ("dense", "magnitude", "images")]
         scores = [" / ".join(f"{value:.1f}" for value in pair if value is not None) for pair in pairs]
         rows.append([f"`{row['network']}`", f"{row['size']}", *costs, *scores])
-    return markdown(["network", "pixels", "MACs (M)", "time", "dense (%)", "magnitude", "with images"], rows)
+    header = ["network", "pixels", "MACs (M)", "optimized (M)", "time", "dense (%)", "magnitude", "with images"]
+    return markdown(header, rows)

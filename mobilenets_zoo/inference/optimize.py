@@ -19,11 +19,13 @@ from mobilenets_zoo.inference.rewrites import (
     remove_dead_hidden,
     spread_over_inputs,
 )
+from mobilenets_zoo.inference.unread import remove_unread_channels_
 from mobilenets_zoo.lgc.condense import REWRITTEN, TOLERANCES, check_equivalent, condense, learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d
 from mobilenets_zoo.models._base import ConvBn, MobileNetBase
 from mobilenets_zoo.models.mobilenetv1 import MobileNetV1
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
+from mobilenets_zoo.profiling import input_size_of
 
 __all__ = ["FoldedConv2d", "OptimizedNetwork", "optimize_for_inference"]
 
@@ -95,33 +97,58 @@ class OptimizedNetwork(nn.Module):
 
 
 @torch.no_grad()
-def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> OptimizedNetwork:
-    """Returns a new, eval-only network with equal outputs that runs faster.
+def optimize_for_inference(
+    model: nn.Module, *, dense: bool = False, input_size: Optional[tuple[int, int, int]] = None
+) -> nn.Module:
+    """Returns a new network for inference with equal outputs that runs faster.
 
-    Learned group convolutions are condensed, BatchNorm is folded, groups too narrow for fast kernels are merged or
-    spread over all inputs, and hidden channels are removed that nothing reads or that are zero for every input
-    (`rewrites.py`). `model` stays as it was. `torch.compile` of the result fuses what eager PyTorch computes one by
-    one.
+    Learned group convolutions are condensed, groups too narrow for fast kernels are merged or spread over all inputs,
+    and hidden channels are removed that nothing reads. Of the zoo's networks, BatchNorm is folded as well, channels go
+    that are zero for every input (`rewrites.py`), and the result stays in eval mode. `model` stays as it was.
+    `torch.compile` of the result fuses what eager PyTorch computes one by one.
 
     Args:
-        model: a network of the zoo, masked or condensed.
+        model: a network of the zoo, masked or condensed, or another one with learned or condensed layers.
         dense: spread every group over all inputs, so that neither gathers nor grouped 1x1 convolutions are left and
             only the removal of hidden channels saves work: what int8 kernels run fastest.
+        input_size: (channels, height, width) of the images that outputs are compared on; by default 32 x 32 pixels for
+            a network of the zoo, and what another one's `pretrained_cfg` names.
 
     Raises:
-        TypeError: not a network of the zoo.
-        ValueError: what `condense` raises, or the outputs differ by more than 1e-4 (float32, and a network in half
-            precision, which is rewritten in float32) or 1e-11 (float64) of their scale.
+        ValueError: what `condense` raises, another network that torch.fx can't trace or that names no input size, or
+            the outputs differ by more than 1e-4 (float32, and a network in half precision, which is rewritten in
+            float32) or 1e-11 (float64) of their scale.
     """
-    if not isinstance(model, MobileNetBase):
-        raise TypeError(f"{type(model).__name__} is not a network of the zoo; mz.condense works on any model")
-    source = condense(model) if learned_layers(model) else copy.deepcopy(model)
-    dtype = source.get_parameter("stem.conv.weight").dtype
+    zoo = isinstance(model, MobileNetBase)
+    size = input_size or ((model.in_chans, 32, 32) if zoo else input_size_of(model))
+    if size is None:
+        raise ValueError(f"{type(model).__name__} names no input size; pass input_size=(channels, height, width)")
+    source = condense(model) if learned_layers(model) or not zoo else copy.deepcopy(model)
+    dtype = next(source.parameters()).dtype
     source = (source if dtype == torch.float64 else source.float()).eval()  # half precision would round twice
-    assert isinstance(source, MobileNetBase)
+    fit = spread_over_inputs if dense else fill_registers
+    network = _optimize_zoo(source, fit) if isinstance(source, MobileNetBase) else _optimize_other(source, fit)
+
+    weight = next(network.parameters())
+    if not weight.is_meta:
+        generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
+        images = torch.randn(2, *size, generator=generator).to(weight)
+        check_equivalent(source, network, images, tolerance=REWRITTEN * TOLERANCES[weight.dtype])
+    return network.to(dtype)
+
+
+def _optimize_other(source: nn.Module, fit: Fit) -> nn.Module:
+    """Rewrites the condensed layers of any network, and what feeds them."""
+    network = copy.deepcopy(source)
+    remove_unread_channels_(network)
+    layers = [layer for layer in network.modules() if isinstance(layer, CondensedConv2d)]
+    memo = {id(layer): FoldedConv2d(fit(as_convolution(layer), layer.in_channels), act=False) for layer in layers}
+    return copy.deepcopy(network, memo=dict(memo)).requires_grad_(False)
+
+
+def _optimize_zoo(source: MobileNetBase, fit: Fit) -> OptimizedNetwork:
     assert isinstance(source.stem, ConvBn)
     parts = [block for row in source.blocks for block in row]  # type: ignore[attr-defined]
-    fit = spread_over_inputs if dense else fill_registers
     if isinstance(source, MobileNetV1):
         stem, blocks = _optimize_separable([source.stem, *(layer for block in parts for layer in block)], fit)
     else:
@@ -132,14 +159,7 @@ def optimize_for_inference(model: nn.Module, *, dense: bool = False) -> Optimize
         conv = source.head_conv.conv
         assert isinstance(conv, nn.Conv2d | CondensedConv2d)
         head_conv = FoldedConv2d(fit(fold_batchnorm(source.head_conv), conv.in_channels), act=True)
-    network = OptimizedNetwork(stem, nn.Sequential(*blocks), head_conv, source)
-
-    weight = stem.weight
-    if not weight.is_meta:
-        generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
-        images = torch.randn(2, source.in_chans, 32, 32, generator=generator).to(weight)
-        check_equivalent(source, network, images, tolerance=REWRITTEN * TOLERANCES[weight.dtype])
-    return network.to(dtype)
+    return OptimizedNetwork(stem, nn.Sequential(*blocks), head_conv, source)
 
 
 def _optimize_separable(layers: list[ConvBn], fit: Fit) -> tuple[FoldedConv2d, list[OptimizedBlock]]:

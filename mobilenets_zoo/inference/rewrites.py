@@ -143,11 +143,22 @@ def always_zero(depthwise: Convolution) -> torch.Tensor:
     return depthwise.bias + 6.0 * depthwise.weight.clamp_min(0.0).flatten(1).sum(1) <= 0.0
 
 
+def living_channels(alive: torch.Tensor, groups: int, multiple: int) -> torch.Tensor:
+    """Returns the numbers of the channels to keep, ascending, so that groups stay equally large.
+
+    That is a multiple of `multiple` in each, if there are so many: one with more dead channels keeps some of them.
+    """
+    alive = alive.reshape(groups, -1)
+    keep = min(alive.shape[1], max(1, -(-int(alive.sum(1).max()) // multiple)) * multiple)
+    # Living channels first, in their order; the sort is stable.
+    chosen = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
+    return (chosen + alive.shape[1] * torch.arange(groups, device=alive.device)[:, None]).flatten()
+
+
 def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
     """Leaves out hidden channels that no group of the projection reads, or that are always zero.
 
-    Groups stay equally large, and all together, or each where the expansion is blocked, a multiple of `SIMD_CHANNELS`:
-    a group with more dead channels than the others keeps some of them.
+    Groups stay equally large, and all together, or each where the expansion is blocked, a multiple of `SIMD_CHANNELS`.
     """
     expansion, depthwise, projection = layers.expansion, layers.depthwise, layers.projection
     index, device, hidden = projection.index, expansion.weight.device, len(expansion.weight)
@@ -158,15 +169,11 @@ def remove_dead_hidden(layers: HiddenLayers) -> HiddenLayers:
         alive &= torch.zeros_like(alive).index_fill_(0, index, True)
     else:  # the projection's groups divide the channels, too
         groups = math.lcm(groups, projection.groups)
-    size = hidden // groups
-    alive = alive.reshape(groups, size)
-    multiple = SIMD_CHANNELS // (1 if _is_blocked(expansion) else math.gcd(SIMD_CHANNELS, groups))
-    keep = min(size, max(1, -(-int(alive.sum(1).max()) // multiple)) * multiple)
-    if keep == size:
+    order = living_channels(
+        alive, groups, SIMD_CHANNELS // (1 if _is_blocked(expansion) else math.gcd(SIMD_CHANNELS, groups))
+    )
+    if len(order) == hidden:
         return layers
-    # Living channels first, in their order; the sort is stable.
-    chosen = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
-    order = (chosen + size * torch.arange(groups, device=device)[:, None]).flatten()
     if index is None:
         rows = projection.weight.flatten(1).unflatten(0, (projection.groups, -1))
         columns = order.reshape(projection.groups, -1) % rows.shape[2]
