@@ -305,7 +305,10 @@ class Twice(nn.Sequential):
         (lambda: [nn.Conv2d(3, 128, 3), BatchNormAct2d(128), nn.Conv2d(128, 128, 3, groups=128), nn.SiLU()], 32),
         (lambda: [nn.Conv2d(3, 16, 1), nn.Conv2d(16, 128, 3, groups=4), nn.Hardswish()], 32),
         (lambda: [mz.CondensedConv2d(3, 24, 1, 1), mz.CondensedConv2d(24, 128, 8, 4), nn.Dropout()], 32),
-        (lambda: [nn.Conv2d(3, 80, 1), nn.Identity()], 32),  # 20 are read, and whole registers stay
+        (
+            lambda: [nn.Conv2d(3, 80, 1), timm.layers.get_act_layer("gelu")()],
+            32,
+        ),  # 20 are read, and whole registers stay
         (lambda: [nn.Conv2d(3, 128, 3), nn.PReLU(128)], 128),
         (lambda: [nn.Conv2d(3, 128, 3), nn.Softmax(1)], 128),
         (lambda: [nn.Conv2d(3, 128, 3), nn.GroupNorm(4, 128)], 128),

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any, Optional
 
 import torch
+from timm.layers import activations
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,7 +18,7 @@ __all__ = ["remove_unread_channels_"]
 # What maps each channel by itself and knows no channel's number; and the tensors of layers that may lose channels.
 ELEMENTWISE = (
     *(nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish),
-    *(nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
+    *(nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, activations.GELU, activations.GELUTanh, activations.QuickGELU),
 )
 BY_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 KNOWN = {*BY_CHANNEL, "num_batches_tracked", "index"}
