@@ -26,7 +26,7 @@ KNOWN = {*BY_CHANNEL, "num_batches_tracked", "index"}
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (nn.Conv2d, CondensedConv2d, _BatchNorm, *get_notrace_modules())
+        leaves = (nn.Conv2d, CondensedConv2d, _BatchNorm, *ELEMENTWISE, *get_notrace_modules())
         return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
