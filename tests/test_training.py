@@ -373,11 +373,13 @@ def test_calibration_images_choose_groups_before_the_first_step(tmp_path, data, 
     seen = []
 
     def start_from(model, source, sha256, images, sharing):
+        assert sharing == 0.5
         seen.append(images)
         transfer(dense, model, images, sharing)
 
     monkeypatch.setattr(student, "start_from", start_from)
     changes = dict(epochs=1, bn_batches=2, init_from="mobilenetv2_cifar100.some", calibration_images=40)
+    changes["sharing"] = 0.5
     recipe = write_recipe(tmp_path, LGC, **changes)
     assert run(recipe, data, tmp_path / "out") == run(recipe, data, tmp_path / "again") == 0
     assert seen[0].shape == (40, 3, 32, 32)

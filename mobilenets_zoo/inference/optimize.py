@@ -104,8 +104,9 @@ def optimize_for_inference(
 
     Learned group convolutions are condensed, groups too narrow for fast kernels are merged or spread over all inputs,
     and hidden channels are removed that nothing reads. Of the zoo's networks, BatchNorm is folded as well, channels go
-    that are zero for every input (`rewrites.py`), and the result stays in eval mode. `model` stays as it was.
-    `torch.compile` of the result fuses what eager PyTorch computes one by one.
+    that are zero for every input (`rewrites.py`), and the result stays in eval mode. Another network keeps its class,
+    but feature maps inside may have fewer channels than it says. `model` stays as it was. `torch.compile` of the result
+    fuses what eager PyTorch computes one by one.
 
     Args:
         model: a network of the zoo, masked or condensed, or another one with learned or condensed layers.
@@ -115,17 +116,18 @@ def optimize_for_inference(
             a network of the zoo, and what another one's `pretrained_cfg` names.
 
     Raises:
-        ValueError: what `condense` raises, another network that torch.fx can't trace or that names no input size, or
-            the outputs differ by more than 1e-4 (float32, and a network in half precision, which is rewritten in
-            float32) or 1e-11 (float64) of their scale.
+        ValueError: what `condense` raises, another network that torch.fx can't trace, that names no input size or whose
+            condensed layers have forward hooks, or outputs that differ by more than 1e-4 (float32, and the zoo's in
+            half precision, which are rewritten in float32) or 1e-11 (float64) of their scale.
     """
     zoo = isinstance(model, MobileNetBase)
     size = input_size or ((model.in_chans, 32, 32) if zoo else input_size_of(model))
     if size is None:
         raise ValueError(f"{type(model).__name__} names no input size; pass input_size=(channels, height, width)")
-    source = condense(model) if learned_layers(model) or not zoo else copy.deepcopy(model)
+    source = (condense(model) if learned_layers(model) or not zoo else copy.deepcopy(model)).eval()
     dtype = next(source.parameters()).dtype
-    source = (source if dtype == torch.float64 else source.float()).eval()  # half precision would round twice
+    if zoo and dtype != torch.float64:
+        source = source.float()  # to fold BatchNorm in half precision would round twice
     fit = spread_over_inputs if dense else fill_registers
     network = _optimize_zoo(source, fit) if isinstance(source, MobileNetBase) else _optimize_other(source, fit)
 
@@ -134,16 +136,19 @@ def optimize_for_inference(
         generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it was
         images = torch.randn(2, *size, generator=generator).to(weight)
         check_equivalent(source, network, images, tolerance=REWRITTEN * TOLERANCES[weight.dtype])
-    return network.to(dtype)
+    return network.to(dtype) if zoo else network
 
 
 def _optimize_other(source: nn.Module, fit: Fit) -> nn.Module:
     """Rewrites the condensed layers of any network, and what feeds them."""
     network = copy.deepcopy(source)
-    remove_unread_channels_(network)
     layers = [layer for layer in network.modules() if isinstance(layer, CondensedConv2d)]
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        raise ValueError("can't rewrite a layer with forward hooks, which would be lost: remove them first")
+    if not layers[0].weight.is_meta:
+        remove_unread_channels_(network)
     memo = {id(layer): FoldedConv2d(fit(as_convolution(layer), layer.in_channels), act=False) for layer in layers}
-    return copy.deepcopy(network, memo=dict(memo)).requires_grad_(False)
+    return copy.deepcopy(network, memo=dict(memo)).eval().requires_grad_(False)
 
 
 def _optimize_zoo(source: MobileNetBase, fit: Fit) -> OptimizedNetwork:

@@ -1,5 +1,7 @@
 """Channels that no group reads, removed from any network that torch.fx can trace."""
 
+import copy
+import inspect
 import math
 from collections import Counter
 from typing import Any, Optional
@@ -8,6 +10,7 @@ import torch
 from timm.layers import activations
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilenets_zoo.inference.rewrites import SIMD_CHANNELS, living_channels
@@ -20,8 +23,10 @@ ELEMENTWISE = (
     *(nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish),
     *(nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, activations.GELU, activations.GELUTanh, activations.QuickGELU),
 )
+FUNCTIONS = (F.relu, F.relu6, F.silu, F.gelu, F.hardswish, torch.relu)
 BY_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 KNOWN = {*BY_CHANNEL, "num_batches_tracked", "index"}
+LIBRARIES = ("torch.", "torchvision.", "timm.layers.", "mobilenets_zoo.")  # a user's subclass may do anything
 
 
 class _Tracer(fx.Tracer):
@@ -33,14 +38,16 @@ class _Tracer(fx.Tracer):
 def remove_unread_channels_(model: nn.Module) -> None:
     """Removes, in place, what computes channels that no group of a `CondensedConv2d` reads.
 
-    That is the rows of a convolution, grouped or not, and what lies between it and the condensed layer, as long as that
-    works on each channel by itself (BatchNorm, depthwise convolutions, activations) and nothing else reads it.
+    That is the rows of a convolution, grouped or not, and what lies between it and the condensed layer, as long as
+    nothing else reads it and it works on each channel by itself: BatchNorm, depthwise convolutions, usual activations.
 
     Raises:
         ValueError: torch.fx can't trace the model.
     """
-    try:
-        nodes = _Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(model).nodes
+    arguments = inspect.signature(model.forward).parameters.values()
+    defaults = {each.name: each.default for each in arguments if each.default is not each.empty}
+    try:  # in a copy, which keeps what `forward` assigns
+        nodes = _Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(copy.deepcopy(model), defaults).nodes
     except Exception as error:  # whatever a model's code raises when it meets a proxy
         raise ValueError(f"torch.fx can't trace {type(model).__name__}: {error}; use mz.condense") from error
     modules = dict(model.named_modules())
@@ -57,7 +64,13 @@ def remove_unread_channels_(model: nn.Module) -> None:
         if not isinstance(reader, CondensedConv2d):
             continue
         source = node.args[0]
-        while len(source.users) == 1 and (module := called(source)) is not None and _is_known(module):
+        while len(source.users) == 1:
+            if source.op == "call_function" and source.target in FUNCTIONS:
+                source = source.args[0]
+                continue
+            module = called(source)
+            if module is None or not _is_known(module):
+                break
             if not _is_channelwise(module):
                 if isinstance(module, (nn.Conv2d, CondensedConv2d)):
                     _remove(module, between, reader)
@@ -67,6 +80,8 @@ def remove_unread_channels_(model: nn.Module) -> None:
 
 
 def _is_known(module: nn.Module) -> bool:
+    if not type(module).__module__.startswith(LIBRARIES) or module._forward_hooks or module._forward_pre_hooks:
+        return False
     return {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} <= KNOWN
 
 

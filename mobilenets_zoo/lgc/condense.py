@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 
@@ -48,12 +49,12 @@ def condense(model: nn.Module) -> nn.Module:
 
 
 def check_equivalent(
-    a: Callable[..., torch.Tensor],
-    b: Callable[..., torch.Tensor],
+    a: Callable[..., Any],
+    b: Callable[..., Any],
     inputs: torch.Tensor | tuple[torch.Tensor, ...],
     tolerance: float | None = None,
 ) -> float:
-    """Compares two models' outputs.
+    """Compares two models' outputs, a tensor or a list or dict of them.
 
     Both run without gradients and in the mode they are in; running statistics stay untouched. On a GPU convolutions
     don't round to TF32 meanwhile.
@@ -66,7 +67,7 @@ def check_equivalent(
             (float16) or 5e-2 (bfloat16).
 
     Returns:
-        The largest error divided by the largest absolute output of `a`.
+        The largest error divided by the largest absolute output of `a`; of several outputs, the largest such.
 
     Raises:
         ValueError: shapes differ or the error is above the tolerance; the message holds the largest error.
@@ -75,17 +76,22 @@ def check_equivalent(
     models = ((model, isinstance(model, nn.Module) and any(m.training for m in model.modules())) for model in (a, b))
     a, b = (copy.deepcopy(model) if training else model for model, training in models)
     with torch.no_grad(), _without_tf32():
-        expected, actual = a(*arguments).cpu(), b(*arguments).cpu()  # some devices know no double precision
-    if expected.shape != actual.shape:
-        raise ValueError(f"not equivalent: output shapes {tuple(expected.shape)} and {tuple(actual.shape)}")
-    scale = expected.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
-    error = ((expected.double() - actual.double()).abs().max() / scale).item()
-    tolerance = TOLERANCES[expected.dtype] if tolerance is None else tolerance
-    if not error <= tolerance:  # also catches NaN
-        raise ValueError(
-            f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {tolerance:g}"
-        )
-    return error
+        # Some devices know no double precision.
+        expected, actual = ([output.cpu() for output in tree_leaves(model(*arguments))] for model in (a, b))
+    shapes = [", ".join(str(tuple(output.shape)) for output in outputs) for outputs in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"not equivalent: output shapes {shapes[0]} and {shapes[1]}")
+    largest = 0.0
+    for x, y in zip(expected, actual, strict=True):
+        scale = x.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+        error = ((x.double() - y.double()).abs().max() / scale).item()
+        allowed = TOLERANCES[x.dtype] if tolerance is None else tolerance
+        if not error <= allowed:  # also catches NaN
+            raise ValueError(
+                f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {allowed:g}"
+            )
+        largest = max(largest, error)
+    return largest
 
 
 @contextlib.contextmanager
