@@ -353,7 +353,7 @@ class Handwritten(nn.Module):
         self.conv, self.layer = nn.Conv2d(3, 128, 3), reader(128)
 
     def forward(self, x: torch.Tensor, scale: Optional[torch.Tensor] = None, both: bool = True) -> Any:
-        y = self.layer(F.relu(self.conv(x if scale is None else scale * x)))
+        y = self.layer(F.relu(input=self.conv(x if scale is None else scale * x)))
         return {"x": x, "y": y} if both else y
 
 

@@ -66,7 +66,7 @@ def remove_unread_channels_(model: nn.Module) -> None:
         source = node.args[0]
         while len(source.users) == 1:
             if source.op == "call_function" and source.target in FUNCTIONS:
-                source = source.args[0]
+                source = source.all_input_nodes[0]  # which may be a keyword argument
                 continue
             module = called(source)
             if module is None or not _is_known(module):
