@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from training import student
 from training.augment import count_views, crop_and_mirror, cutmix_box, resize
 from training.compiled_layers import batch_norm_act, compile_layers, depthwise_conv3x3
+from training.cpu_layers import spare_cpu
 from training.initial_weights import transfer
 from training.recipe import RUNS, Recipe, load_recipe
 from training.student import Student
@@ -647,16 +648,43 @@ def check_compiled_layers() -> None:
         agree(depthwise_conv3x3(x, kernel), F.conv2d(x, kernel, padding=1, groups=channels), (x, kernel))
 
 
-def test_networks_with_compiled_layers_are_the_same_networks():
+@pytest.mark.parametrize(("swap", "swaps"), [(compile_layers, 81), (spare_cpu, 2)])
+def test_networks_with_other_layers_are_the_same_networks(swap, swaps):
     plain = timm.create_model("mobilenetv2_lgc_gc_cifar100", width_mult=0.25, num_classes=10).train()
-    swapped = compile_layers(copy.deepcopy(plain))
+    swapped = swap(copy.deepcopy(plain))
     assert list(swapped.state_dict()) == list(plain.state_dict())
-    assert sum("forward" in vars(module) for module in swapped.modules()) > 80
+    assert sum("forward" in vars(module) for module in swapped.modules()) >= swaps
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     with torch.compiler.set_stance("force_eager"):
         for _ in ("training", "inference"):
             mz.check_equivalent(plain, swapped, x, tolerance=1e-4)
             plain.eval(), swapped.eval()
+
+
+def test_a_cpu_is_spared_slow_kernels_and_learns_the_same():
+    torch.manual_seed(0)
+    plain = timm.create_model("mobilenetv1_w025_cifar100", num_classes=10).train().to(memory_format=torch.channels_last)
+    spared = spare_cpu(copy.deepcopy(plain))
+    seen, gradients = [], []
+    for module in spared.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_full_backward_hook(lambda *args: seen.append(args[2][0]))
+    x = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
+    for model in (plain, spared):
+        model(x).logsumexp(1).mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+    assert len(seen) > 20
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in seen)
+
+    strided = [
+        module for module in spared.modules() if isinstance(module, torch.nn.Conv2d) and "forward" in vars(module)
+    ]
+    x = torch.randn(2, strided[0].in_channels, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = strided[0](x)
+    precise = F.conv2d(x.float(), strided[0].weight, stride=2, padding=1, groups=len(strided[0].weight))
+    assert torch.equal(y, precise.bfloat16())
 
 
 # The measured result

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import mobilenets_zoo as mz
 from mobilenets_zoo.evaluation import preprocess
 from training.compiled_layers import compile_layers
+from training.cpu_layers import spare_cpu
 from training.initial_weights import start_from
 from training.recipe import Recipe
 
@@ -34,7 +35,7 @@ class Student:
     """What one recipe's network needs to take steps, stop and go on.
 
     Attributes:
-        model: the network that takes steps; on a GPU some of its layers compute in another way.
+        model: the network that takes steps; some of its layers compute in a way that suits the device.
         average: its `module` is what the training leaves: a plain network with the average of the weights, or with the
             last ones where the recipe has no average.
     """
@@ -67,6 +68,8 @@ class Student:
         self.capturable = device.type == "cuda" and recipe.optimizer in ("nmuon", "adamw")
         if device.type == "cuda":
             compile_layers(self.model)
+        elif device.type == "cpu":
+            spare_cpu(self.model)
         if self.capturable:
             arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
         self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
