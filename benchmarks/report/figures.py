@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import mobilenets_zoo as mz
-from report import ROOT, load_json, read_csv
+from report import ROOT, RUNS, load_json, read_csv
 from report.finetuning_tables import DATA, METHODS, results
 from report.latency_tables import DEPLOYED, latency, timed
 from report.model_tables import ORIGINAL_TOP1, default_weights
@@ -24,6 +24,8 @@ from report.model_tables import ORIGINAL_TOP1, default_weights
 __all__ = ["Figure", "all_figures"]
 
 LEARNED = "mobilenetv2_lgc_cifar100"  # whose masks are shown
+LAYER = "blocks.3.1.projection.conv"
+WITH_IMAGES = f"{LEARNED}.refit_e5_r32"  # the run whose groups were chosen with images
 # Pictures are transparent: every colour is readable on a white page and on a black one.
 ORIGINAL = INK = "#7a7a7a"
 FAINT = "#7a7a7a40"
@@ -163,8 +165,10 @@ def draw_mask(figure: Any, data: Any) -> None:
         axes.grid(False)
         axes.set_yticks(range(len(mask)))
         axes.set_ylabel("group", fontsize=8)
-        axes.set_title(f"{title}: each group reads {sum(mask[0])} of {len(mask[0])} inputs", fontsize=8)
-    axes.set_xlabel("input channel")
+        unread = sum(not any(column) for column in zip(*mask, strict=True))
+        counts = f"each group reads {sum(mask[0])} of {len(mask[0])} inputs, {unread} go unread"
+        axes.set_title(f"{title}: {counts}", fontsize=8)
+    axes.set_xlabel(f"input channel of {LAYER}")
 
 
 def draw_finetuning(figure: Any, data: Any) -> None:
@@ -204,12 +208,11 @@ def short(name: str) -> str:
 
 def all_figures() -> list[Figure]:
     """Returns every picture with what the files in the repository say today."""
-    stages = json.loads((ROOT / default_weights()[LEARNED].result).with_name("masks.json").read_text())
     return [
         Figure("accuracy_macs", accuracy_over_macs(), draw_accuracy),
         Figure("accuracy_latency", accuracy_over_latency(), draw_accuracy),
         Figure("training_curves", training_curves(), draw_training_curves),
-        Figure("mask_mobilenetv2_lgc", mask_stages(stages), draw_mask),
+        Figure("mask_mobilenetv2_lgc", learned_masks(), draw_mask),
         Figure("finetuning", finetuning(), draw_finetuning),
     ]
 
@@ -262,11 +265,13 @@ def training_curves() -> dict[str, dict[str, list[dict[str, float]]]]:
     return curves
 
 
-def mask_stages(stages: list[dict[str, Any]], layer: str = "blocks.3.1.projection.conv") -> dict[str, Any]:
-    """Returns which inputs each group of a layer reads after each pruning stage, from a training log."""
+def learned_masks() -> dict[str, Any]:
+    """Returns which inputs each group of `LAYER` reads: by magnitude after each pruning stage, and with images."""
+    runs = {"by magnitude": (ROOT / default_weights()[LEARNED].result).parent, "with images": RUNS / WITH_IMAGES}
     result = {}
-    for number, stage in enumerate(stages, 1):
-        rows = [np.unpackbits(np.frombuffer(bytes.fromhex(row), np.uint8)) for row in stage["masks"][layer]]
-        title = f"{layer.removesuffix('.conv')}, stage {number} at {100 * stage['progress']:.0f} % of training"
-        result[title] = [row[: stage["inputs"][layer]].tolist() for row in rows]
+    for rule, folder in runs.items():
+        for stage in json.loads((folder / "masks.json").read_text()):
+            rows = [np.unpackbits(np.frombuffer(bytes.fromhex(row), np.uint8)) for row in stage["masks"][LAYER]]
+            title = f"{rule}, at {100 * stage['progress']:.0f} % of training"
+            result[title] = [row[: stage["inputs"][LAYER]].tolist() for row in rows]
     return result

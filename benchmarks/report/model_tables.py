@@ -11,7 +11,10 @@ from report import ROOT, RUNS, load_json, markdown
 from report.latency_tables import DEPLOYED, NARROW, latency, timed
 from report.training_tables import FIVE_EPOCHS, experiments
 
-__all__ = ["ORIGINAL_TOP1", "default_weights", "family_table", "models_table", "profiles", "weights_table"]
+__all__ = [
+    *("ORIGINAL_TOP1", "default_weights", "family_table", "five_epochs_table", "models_table", "profiles"),
+    "weights_table",
+]
 
 # CIFAR-100 top-1 that the original reports for the same parameters and MACs (docs/design.md names the source).
 ORIGINAL_TOP1 = {
@@ -117,41 +120,56 @@ def weights_table() -> str:
 
 
 PARENT = "mobilenetv2_cifar100"  # whose weights the family of docs/lgc.md started from
-Size = tuple[str, int, int]  # model, parameters, multiply-adds: tells a narrowed network from the model's own
+Network = tuple[str, int, int]  # model, parameters, multiply-adds: tells a narrowed network from the model's own
+ALONE = "weights alone, lr 0.02"  # a start and a learning rate: those of all rows of experiments.csv
 
 
-def five_epochs() -> tuple[dict[Size, list[str]], dict[Size, list[str]]]:
-    """Returns top-1 after five epochs from the parent, by network: from its weights alone, and chosen with images."""
-    alone: dict[Size, list[str]] = {}
-    images: dict[Size, list[str]] = {}
-    found = [(row, alone) for row in experiments() if row["comparison"] == FIVE_EPOCHS]
-    for result in results():
-        recipe, top1 = result["recipe"], {"top1": result["evaluation"]["top1"]}
-        if recipe["epochs"] == 5 and recipe["init_from"].startswith(f"{PARENT}."):
-            found.append((result | top1, images if recipe.get("calibration_images") else alone))
-    for row, column in found:
-        size = row["model"], int(row["params"]), int(row["macs"])
-        column.setdefault(size, []).append(f"{float(row['top1']):.2f}")
-    return alone, images
+def five_epochs() -> dict[Network, dict[str, list[str]]]:
+    """Returns top-1 after five epochs from the parent, by network and by start and learning rate."""
+    found = [(row, row["top1"], ALONE) for row in experiments() if row["comparison"] == FIVE_EPOCHS]
+    for row in results():
+        recipe = row["recipe"]
+        if recipe["init_from"].startswith(f"{PARENT}.") and row["tag"].endswith("e5_r32"):
+            start = "images" if recipe.get("calibration_images") else "weights alone"
+            start += f", sharing={recipe['sharing']}" if recipe.get("sharing") else ""
+            found.append((row, row["evaluation"]["top1"], f"{start}, lr {recipe['lr']:g}"))
+    table: dict[Network, dict[str, list[str]]] = {}
+    for row, top1, start in found:
+        network = row["model"], int(row["params"]), int(row["macs"])
+        table.setdefault(network, {}).setdefault(start, []).append(f"{float(top1):.2f}")
+    return table
+
+
+def _label(network: Network) -> str:
+    """Returns the model's name, with its width where it isn't the model's own."""
+    own = default_weights()[network[0]].params == network[1]
+    if not own and network[0] != PARENT:
+        raise ValueError(f"only {PARENT} has runs at another width, not {network[0]}")
+    return " ".join(f"`{part}`" for part in ([network[0]] if own else NARROW.split(", ")))
+
+
+def five_epochs_table() -> str:
+    """Returns what is left after five epochs of the networks whose groups or channels were chosen with images."""
+    table = {of: tops for of, tops in five_epochs().items() if any(start.startswith("images") for start in tops)}
+    starts = sorted({start for tops in table.values() for start in tops}, reverse=True)
+    rows = [[_label(of), *(" and ".join(tops.get(start, ["-"])) for start in starts)] for of, tops in table.items()]
+    return markdown(["model", *(f"{start} (%)" for start in starts)], rows)
 
 
 def family_table(costs: dict[str, dict[str, Any]]) -> str:
     """Returns what groups cost and leave of the dense parent: the networks that started from its weights."""
-    alone, images = five_epochs()
+    after_five = {of: " and ".join(tops[ALONE]) for of, tops in five_epochs().items() if ALONE in tops}
     rows = []
     for name, entry in default_weights().items():
         result = load_json(ROOT / entry.result)
         if name == PARENT or result["recipe"]["init_from"].startswith(f"{PARENT}."):
-            size = name, entry.params, entry.macs
-            five = [" and ".join(column.pop(size, ["-"])) for column in (alone, images)]
+            five = after_five.pop((name, entry.params, entry.macs), "-")
             epochs = " + ".join(map(str, chain_epochs(result)))
-            rows.append((entry.macs, [f"`{name}`", *_costs(costs[name]), *five, epochs, f"{entry.top1:.2f}"]))
-    for size in dict.fromkeys([*alone, *images]):  # what remains is the narrowed network
+            rows.append((entry.macs, [f"`{name}`", *_costs(costs[name]), five, epochs, f"{entry.top1:.2f}"]))
+    for network, tops in after_five.items():  # what remains is the narrowed one
         row = timed(model=NARROW, **DEPLOYED) or {}
-        cost = {"params": size[1], "macs": size[2], "optimized_macs": row.get("macs"), "ms": row.get("ms")}
-        label = " ".join(f"`{part}`" for part in NARROW.split(", "))
-        five = [" and ".join(column.get(size, ["-"])) for column in (alone, images)]
-        rows.append((size[2], [label, *_costs(cost), *five, "-", "-"]))
+        cost = {"params": network[1], "macs": network[2], "optimized_macs": row.get("macs"), "ms": row.get("ms")}
+        rows.append((network[2], [_label(network), *_costs(cost), tops, "-", "-"]))
     rows.sort(key=lambda row: (row[1][0] != f"`{PARENT}`", row[0]))
-    header = ["model", *COSTS, "5 epochs (%)", "with images (%)", "weight: epochs", "top-1 (%)"]
+    header = ["model", *COSTS, "after 5 epochs (%)", "weight: epochs", "top-1 (%)"]
     return _with_source(markdown(header, [row for _, row in rows]))
