@@ -1,7 +1,7 @@
 """Layers for training on a CPU: detours around three kernels of PyTorch that are slow there.
 
-With them a step of MobileNetV2 takes a third less time, for more memory (torch 2.14, one thread of an Intel Xeon with
-AMX). What is computed stays the same, but for its rounding.
+They were found with torch 2.14 on an Intel Xeon. What is computed stays the same, but for its rounding; it takes more
+memory.
 """
 
 import functools
