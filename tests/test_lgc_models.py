@@ -124,6 +124,15 @@ def test_check_equivalent_reports_the_largest_error():
         mz.check_equivalent(a, b, x)
     with pytest.raises(ValueError, match="shapes"):
         mz.check_equivalent(a, nn.Linear(3, 4).double(), x)
+    with pytest.raises(ValueError, match="no outputs to compare"):
+        mz.check_equivalent(lambda x: None, lambda x: None, x)
+    in_place = nn.Sequential(nn.ReLU(inplace=True), a)
+    before = x.clone()
+    assert mz.check_equivalent(in_place, lambda x: (in_place(x), None), x) == 0
+    assert torch.equal(x, before)
+    assert mz.check_equivalent(torch.argsort, torch.argsort, x) == 0
+    with pytest.raises(ValueError, match="not equivalent"):
+        mz.check_equivalent(torch.argsort, lambda x: x.argsort() + 1, x)
     norm = nn.BatchNorm1d(3).double()  # in training
     mz.check_equivalent(norm, norm, x)
     partly = nn.Sequential(norm).eval()
@@ -264,7 +273,7 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.strided = nn.Conv2d(8, 16, 1, stride=2, bias=True)
+        self.strided = nn.Conv2d(8, 16, 1, stride=(2, 3), bias=True)
         self.shared = nn.Conv2d(16, 16, 1)
         self.same = self.shared
         self.wide = nn.Conv2d(16, 16, 3, padding=1)
@@ -293,6 +302,9 @@ def test_bias_stride_and_odd_maps():
     mz.check_equivalent(model, learned, x)
     assert report.converted == ("strided", "shared")
     assert learned.same is learned.shared
+    for layer in (learned.strided, copy.deepcopy(learned.strided).prune_(2).condense()):
+        for name in ("kernel_size", "stride", "padding", "dilation"):  # which transformers' MobileNets read
+            assert getattr(layer, name) == getattr(model.strided, name)
     reasons = {
         "wide": "3x3",
         "grouped": "groups=4",
@@ -338,7 +350,28 @@ def test_match_groups_and_flags_carry_over():
     assert not layer.weight.requires_grad
 
 
+def test_a_conversion_leaves_modes_and_random_state_alone():
+    class Merging(nn.Conv2d):
+        merged = False
+
+        def train(self, mode: bool = True):
+            self.merged = not mode
+            return super().train(mode)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Merging(8, 8, 1), Merging(8, 8, 1))
+    model[2].eval()
+    state = torch.get_rng_state()
+    learned, _ = mz.to_learned_group_conv(model, input_size=(8, 4, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    for network in (model, learned):
+        assert [m.training for m in network] == [True, True, False]
+        assert (network[1].merged, network[2].merged) == (False, True)
+
+
 def test_nothing_to_convert():
+    with pytest.raises(ValueError, match=r"can't count MACs at input_size=\(3, 224, 224\); pass what"):
+        mz.to_learned_group_conv(nn.Conv2d(8, 8, 1))
     with pytest.raises(ValueError, match=r"no nn\.Conv2d"):
         mz.to_learned_group_conv(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="not matched"):

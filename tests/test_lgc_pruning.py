@@ -196,6 +196,37 @@ def test_a_parametrised_weight_is_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(mz.LearnedGroupConv2d(16, 8)))
     with pytest.raises(ValueError, match="0: its weight is parametrised"):
         mz.prune_groups(model, torch.randn(8, 16, 4, 4))
+    model = nn.Sequential(nn.utils.spectral_norm(mz.LearnedGroupConv2d(16, 8)))
+    with pytest.raises(ValueError, match="0: its weight is parametrised"):
+        mz.prune_groups(model, torch.randn(8, 16, 4, 4))
+
+
+def test_an_input_that_the_network_changes_stays():
+    torch.manual_seed(0)
+
+    class Normalising(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = mz.LearnedGroupConv2d(16, 8, bias=True)
+
+        def forward(self, x):
+            return self.layer(x.sub_(0.5).div_(0.25))
+
+    model = Normalising()
+    dense, images = copy.deepcopy(model), correlated(40, 16, size=4)
+    before = images.clone()
+    error = mz.prune_groups(model, images).layers["layer"].error
+    assert torch.equal(images, before)
+    mz.prune_groups(copy.deepcopy(dense), [images])
+    assert torch.equal(images, before)
+    normalised = (images - 0.5) / 0.25
+    assert relative_error(model.layer, dense.layer, normalised) == pytest.approx(error, rel=0.05)
+
+
+def test_finished_groups_are_warned_of():
+    model = mz.LearnedGroupConv2d(16, 8).prune_(4)
+    with pytest.warns(UserWarning, match="all groups are chosen already"):
+        mz.prune_groups(model, correlated(8, 16))
 
 
 def test_dropped_inputs_stay_dropped():
@@ -253,15 +284,23 @@ def test_how_images_are_batched_does_not_matter(sizes):
     assert relative_error(model, dense, images) == pytest.approx(report.layers["0"].error, rel=0.02)
 
 
-@pytest.mark.parametrize("change", ["activation", "sum", "residual", "view"])
+class ConditionalNorm(nn.BatchNorm2d):
+    def forward(self, x, shift):
+        return super().forward(x) + shift
+
+
+@pytest.mark.parametrize("change", ["activation", "sum", "residual", "view", "condition"])
 def test_a_map_that_more_than_the_norm_reads_keeps_the_running_mean(change):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.norm = mz.LearnedGroupConv2d(16, 16), nn.BatchNorm2d(16)
+            self.layer = mz.LearnedGroupConv2d(16, 16)
+            self.norm = (ConditionalNorm if change == "condition" else nn.BatchNorm2d)(16)
 
         def forward(self, x):
             y = self.layer(x=x)
+            if change == "condition":
+                return self.norm(y, 1.0)
             if change == "residual":
                 return y + self.norm(y)
             if change == "view":

@@ -113,6 +113,10 @@ def test_bad_arguments():
     for images in (np.zeros((4, 28, 28, 3), np.uint8), np.zeros((4, 32, 32, 3)), np.zeros((0, 32, 32, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"must be uint8 \(N, 32, 32, 3\)"):
             mz.export_onnx(lively(WEIGHTS), "x.onnx", calibration_images=images)
+    hooked = mz.LearnedGroupConv2d(8, 8)
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ValueError, match="forward hooks, which would be lost"):
+        mz.export_onnx(hooked, "x.onnx", input_size=(8, 4, 4))
     with pytest.raises(ValueError, match="need two classes or more, the model has 1"):
         mz.export_onnx(timm.create_model(WEIGHTS, num_classes=1), "x.onnx", preprocessing=True)
 

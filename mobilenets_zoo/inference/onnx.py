@@ -77,9 +77,9 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxruntime or onnxscript is missing, or torch is too old.
-        ValueError: the outputs in ONNX Runtime differ, the input size isn't known or doesn't fit the images, these
-            aren't uint8, preprocessing or calibration needs a mean and a standard deviation that the model doesn't
-            name, or probabilities are asked of fewer than two classes.
+        ValueError: the outputs in ONNX Runtime differ, a learned layer has forward hooks, the input size isn't known or
+            doesn't fit the images, these aren't uint8, preprocessing or calibration needs a mean and a standard
+            deviation that the model doesn't name, or probabilities are asked of fewer than two classes.
         OSError: the file can't be written.
     """
     _import_runtime()

@@ -118,7 +118,8 @@ def optimize_for_inference(
     Raises:
         ValueError: what `condense` raises, another network that torch.fx can't trace, that names no input size or whose
             condensed layers have forward hooks, or outputs that differ by more than 1e-4 (float32, and the zoo's in
-            half precision, which are rewritten in float32) or 1e-11 (float64) of their scale.
+            half precision, which are rewritten in float32), 1e-11 (float64), or another network's 0.1 (float16) or 0.5
+            (bfloat16) of their scale, or a network of the zoo some of whose layers were replaced.
     """
     zoo = isinstance(model, MobileNetBase)
     size = input_size or ((model.in_chans, 32, 32) if zoo else input_size_of(model))
@@ -143,8 +144,6 @@ def _optimize_other(source: nn.Module, fit: Fit) -> nn.Module:
     """Rewrites the condensed layers of any network, and what feeds them."""
     network = copy.deepcopy(source)
     layers = [layer for layer in network.modules() if isinstance(layer, CondensedConv2d)]
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
-        raise ValueError("can't rewrite a layer with forward hooks, which would be lost: remove them first")
     if not layers[0].weight.is_meta:
         remove_unread_channels_(network)
     memo = {id(layer): FoldedConv2d(fit(as_convolution(layer), layer.in_channels), act=False) for layer in layers}
@@ -152,7 +151,6 @@ def _optimize_other(source: nn.Module, fit: Fit) -> nn.Module:
 
 
 def _optimize_zoo(source: MobileNetBase, fit: Fit) -> OptimizedNetwork:
-    assert isinstance(source.stem, ConvBn)
     parts = [block for row in source.blocks for block in row]  # type: ignore[attr-defined]
     if isinstance(source, MobileNetV1):
         stem, blocks = _optimize_separable([source.stem, *(layer for block in parts for layer in block)], fit)
@@ -161,13 +159,13 @@ def _optimize_zoo(source: MobileNetBase, fit: Fit) -> OptimizedNetwork:
         blocks = [_optimize_bottleneck(block, fit) for block in parts]
     head_conv: nn.Module = nn.Identity()
     if isinstance(source.head_conv, ConvBn):
-        conv = source.head_conv.conv
+        folded, conv = fold_batchnorm(source.head_conv), source.head_conv.conv
         assert isinstance(conv, nn.Conv2d | CondensedConv2d)
-        head_conv = FoldedConv2d(fit(fold_batchnorm(source.head_conv), conv.in_channels), act=True)
+        head_conv = FoldedConv2d(fit(folded, conv.in_channels), act=True)
     return OptimizedNetwork(stem, nn.Sequential(*blocks), head_conv, source)
 
 
-def _optimize_separable(layers: list[ConvBn], fit: Fit) -> tuple[FoldedConv2d, list[OptimizedBlock]]:
+def _optimize_separable(layers: list[nn.Module], fit: Fit) -> tuple[FoldedConv2d, list[OptimizedBlock]]:
     """Rewrites MobileNetV1's layers, which are dense but where `to_learned_group_conv` made others of them."""
     folded = [fold_batchnorm(layer) for layer in layers]
     for i in range(1, len(folded), 2):
@@ -180,9 +178,8 @@ def _optimize_separable(layers: list[ConvBn], fit: Fit) -> tuple[FoldedConv2d, l
 
 
 def _optimize_bottleneck(block: Bottleneck, fit: Fit) -> OptimizedBlock:
-    conv = block.expansion.conv
+    layers, conv = hidden_layers(block), block.expansion.conv
     assert isinstance(conv, nn.Conv2d | CondensedConv2d)
-    layers = hidden_layers(block)
     layers = remove_dead_hidden(replace(layers, expansion=fit(layers.expansion, conv.in_channels)))
     parts: list[nn.Module] = [
         FoldedConv2d(layers.expansion, act=True),

@@ -15,7 +15,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mobilenets_zoo.lgc.gather import ONNX_MIN_SAVED, gather_pays
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
-from mobilenets_zoo.models._base import ConvBn
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 # float32 values in a 512-bit register: kernels for blocked layouts work on so many channels at once.
@@ -30,14 +29,14 @@ class Convolution:
         weight: (out_channels, inputs per group, kernel, kernel).
         bias: (out_channels,).
         groups: number of groups.
-        stride: along both axes.
+        stride: (vertical, horizontal).
         index: input channels to gather first, int64, or None.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
     groups: int = 1
-    stride: int = 1
+    stride: tuple[int, int] = (1, 1)
     index: Optional[torch.Tensor] = None
 
 
@@ -75,21 +74,35 @@ class HiddenLayers:
 
 
 def as_convolution(conv: nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) -> Convolution:
-    """Returns what a layer computes, with zeros for a bias that it doesn't have; a masked layer is a dense one."""
+    """Returns what a layer computes, with zeros for a bias that it doesn't have; a masked layer is a dense one.
+
+    Raises:
+        ValueError: the layer has forward hooks.
+    """
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        raise ValueError("can't rewrite a layer with forward hooks, which would be lost: remove them first")
     weight = (conv.masked_weight() if isinstance(conv, LearnedGroupConv2d) else conv.weight).detach()
     return Convolution(
         weight=weight,
         bias=weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach(),
         groups=1 if isinstance(conv, LearnedGroupConv2d) else conv.groups,
-        stride=conv.stride if isinstance(conv.stride, int) else conv.stride[0],
+        stride=(conv.stride[0], conv.stride[1]),
         index=conv.index if isinstance(conv, CondensedConv2d) else None,
     )
 
 
-def fold_batchnorm(layer: ConvBn) -> Convolution:
-    """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias."""
-    assert isinstance(layer.conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d)
-    convolution, bn = as_convolution(layer.conv), layer.bn
+def fold_batchnorm(layer: nn.Module) -> Convolution:
+    """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias.
+
+    Raises:
+        ValueError: no such layer, or one with forward hooks.
+    """
+    conv, bn = getattr(layer, "conv", None), getattr(layer, "bn", None)
+    if not isinstance(conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) or not isinstance(bn, nn.BatchNorm2d):
+        raise ValueError(f"can't rewrite a {type(layer).__name__} that isn't a convolution with BatchNorm behind it")
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    convolution = as_convolution(conv)
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     )

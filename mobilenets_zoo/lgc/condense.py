@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
 
@@ -54,7 +54,7 @@ def check_equivalent(
     inputs: torch.Tensor | tuple[torch.Tensor, ...],
     tolerance: float | None = None,
 ) -> float:
-    """Compares two models' outputs, a tensor or a list or dict of them.
+    """Compares two models' outputs, a tensor or a list or dict of them; what else is in it doesn't count.
 
     Both run without gradients and in the mode they are in; running statistics stay untouched. On a GPU convolutions
     don't round to TF32 meanwhile.
@@ -64,28 +64,32 @@ def check_equivalent(
         b: what to compare.
         inputs: a tensor, or a tuple of positional arguments.
         tolerance: largest error relative to the outputs' scale; by default 1e-12 (float64), 1e-5 (float32), 1e-2
-            (float16) or 5e-2 (bfloat16).
+            (float16), 5e-2 (bfloat16) or 0 (integers).
 
     Returns:
         The largest error divided by the largest absolute output of `a`; of several outputs, the largest such.
 
     Raises:
-        ValueError: shapes differ or the error is above the tolerance; the message holds the largest error.
+        ValueError: no tensors, shapes that differ, or an error above the tolerance, which the message holds.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     models = ((model, isinstance(model, nn.Module) and any(m.training for m in model.modules())) for model in (a, b))
     a, b = (copy.deepcopy(model) if training else model for model, training in models)
     with torch.no_grad(), _without_tf32():
+        # Copies, since a model may change its input in place.
+        outputs = (tree_leaves(model(*tree_map_only(torch.Tensor, torch.clone, arguments))) for model in (a, b))
         # Some devices know no double precision.
-        expected, actual = ([output.cpu() for output in tree_leaves(model(*arguments))] for model in (a, b))
+        expected, actual = ([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in outputs)
+    if not expected:
+        raise ValueError("there are no outputs to compare: neither a tensor nor a list or dict of tensors")
     shapes = [", ".join(str(tuple(output.shape)) for output in outputs) for outputs in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"not equivalent: output shapes {shapes[0]} and {shapes[1]}")
     largest = 0.0
     for x, y in zip(expected, actual, strict=True):
-        scale = x.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = x.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         error = ((x.double() - y.double()).abs().max() / scale).item()
-        allowed = TOLERANCES[x.dtype] if tolerance is None else tolerance
+        allowed = TOLERANCES.get(x.dtype, 0.0) if tolerance is None else tolerance
         if not error <= allowed:  # also catches NaN
             raise ValueError(
                 f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {allowed:g}"

@@ -51,11 +51,11 @@ def to_learned_group_conv(
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces a model's 1x1 convolutions by learned group convolutions that start from the same weights.
 
-    Outputs stay equal until a `CondenseSchedule` prunes. Train the result with the schedule, then `condense` it.
-    `model` stays as it was.
+    Outputs stay equal until `prune_groups` or a `CondenseSchedule` prunes; then `condense` the result. `model` stays as
+    it was.
 
     Args:
-        model: any network of `nn.Conv2d` layers, from timm, torchvision or your own.
+        model: any network of `nn.Conv2d` layers that maps a batch of images, from timm, torchvision or your own.
         groups: groups of output channels (G).
         condense_factor: a finished group reads in_channels / condense_factor inputs (C).
         match: called with the name and the module of each layer that can be converted, True to convert; by default
@@ -67,8 +67,8 @@ def to_learned_group_conv(
         The new model, in the mode and on the device of the old one, and a report.
 
     Raises:
-        ValueError: no layer can be converted or `match` chose none, `groups` or `condense_factor` below 1; the message
-            says why.
+        ValueError: no layer can be converted or `match` chose none, `groups` or `condense_factor` below 1, or the model
+            can't run at the input size; the message says why.
     """
     if min(groups, condense_factor) < 1:
         raise ValueError(f"groups and condense_factor must be 1 or larger, not {groups} and {condense_factor}")
@@ -106,8 +106,11 @@ def to_learned_group_conv(
         layer._forward_hooks.clear()  # it is only counted
         layer._forward_pre_hooks.clear()
         layer.prune_(layer.in_channels // layer.condense_factor)
-    report = ConversionReport(tuple(converted), left, profile(model, size), profile(condense(finished), size))
-    return result, report
+    try:
+        before, after = profile(model, size), profile(condense(finished), size)
+    except RuntimeError as error:
+        raise ValueError(f"can't count MACs at input_size={size}; pass what the model takes: {error}") from error
+    return result, ConversionReport(tuple(converted), left, before, after)
 
 
 def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[str]:
@@ -117,7 +120,6 @@ def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[
         "not 1x1: " + "x".join(map(str, module.kernel_size)): module.kernel_size != (1, 1),
         "it has hooks": bool(module._forward_hooks or module._forward_pre_hooks),
         f"grouped already: groups={module.groups}": module.groups > 1,
-        f"stride {module.stride} differs between the axes": module.stride[0] != module.stride[1],
         f"padding {module.padding}": module.padding not in (0, (0, 0), "valid", "same"),
         f"in_channels {module.in_channels} isn't a multiple of {condense_factor}": module.in_channels % condense_factor,
         f"out_channels {module.out_channels} isn't a multiple of {groups}": module.out_channels % groups,
@@ -128,7 +130,9 @@ def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[
 def _learned(module: nn.Conv2d, groups: int, condense_factor: int) -> LearnedGroupConv2d:
     weight, bias = module.weight, module.bias
     sizes = (module.in_channels, module.out_channels, groups, condense_factor)
-    layer = LearnedGroupConv2d(*sizes, device=weight.device, stride=module.stride[0], bias=bias is not None)
+    # All tensors are replaced, so that none need be drawn.
+    layer = LearnedGroupConv2d(*sizes, device="meta", stride=module.stride, bias=bias is not None)
+    layer.mask = torch.ones_like(layer.mask, device=weight.device)
     layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), weight.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)

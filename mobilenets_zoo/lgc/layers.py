@@ -13,6 +13,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 from mobilenets_zoo.lgc import gather
 
@@ -31,7 +32,7 @@ class _GroupConv2d(nn.Module):
         device=None,
         dtype=None,
         *,
-        stride: int = 1,
+        stride: int | tuple[int, ...] = 1,
         bias: bool = False,
     ):
         super().__init__()
@@ -45,7 +46,8 @@ class _GroupConv2d(nn.Module):
         self.out_channels = out_channels
         self.groups = groups
         self.condense_factor = condense_factor
-        self.stride = stride
+        # As in nn.Conv2d, for code that computes a padding from them.
+        self.kernel_size, self.stride, self.padding, self.dilation = (1, 1), _pair(stride), (0, 0), (1, 1)
         inputs, self.fan_out = self._register_choice(device)
         self.weight = nn.Parameter(torch.empty(out_channels, inputs, 1, 1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
@@ -67,7 +69,7 @@ class _GroupConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, groups={self.groups}, condense_factor={self.condense_factor}"
-        text += f", stride={self.stride}" if self.stride > 1 else ""
+        text += f", stride={self.stride}" if self.stride != (1, 1) else ""
         return text if self.bias is None else text + ", bias=True"
 
 
@@ -81,7 +83,7 @@ class LearnedGroupConv2d(_GroupConv2d):
         out_channels: output channels, a multiple of `groups`.
         groups: number of output groups (G), contiguous blocks of output channels.
         condense_factor: a finished group reads in_channels / condense_factor inputs (C).
-        stride: along both axes.
+        stride: along both axes, or (vertical, horizontal).
         bias: whether a bias is added; the zoo's layers have none, BatchNorm follows them.
 
     Attributes:
@@ -208,8 +210,8 @@ class CondensedConv2d(_GroupConv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), rounded up."""
-        if self.stride > 1:
-            x = x[..., :: self.stride, :: self.stride]
+        if self.stride != (1, 1):
+            x = x[..., :: self.stride[0], :: self.stride[1]]
         x = gather.condensed_conv2d(x, self.weight, self.index, self.groups)
         return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]  # another one under autocast
 

@@ -10,6 +10,7 @@ the bias: (I + 1,). y is the layer's output there in the unpruned network: (O,).
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def prune_groups(
 
     Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
     its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
-    that alone reads them. Dropped inputs never return. Training flags and torch's random state stay as they are. Memory
+    that alone reads them. Dropped inputs never return, so start from a trained dense network's weights, not from a
+    pruned one's. Training flags and torch's random state stay as they are. Memory
     holds a copy of the model and a few times G (I + 1)^2 double numbers, whatever the number of images. With
     torch.distributed initialised, all processes call this alike, each with images of its own, and get the same masks
     and weights; where one of them fails, the others wait for the process group's timeout. After an error the model is
@@ -90,10 +92,10 @@ def prune_groups(
 
     Args:
         model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
-        images: (N, C, H, W), normalised as in training, or an iterable of such batches, or of tuples that start with
-            one, such as a DataLoader. It is iterated many times.
+        images: (N, C, H, W), normalised as in training, or a finite iterable of such batches, or of tuples that start
+            with one, such as a DataLoader. It is iterated many times.
         inputs: how many inputs each group keeps, or a function of the layer that returns it; by default
-            in_channels / condense_factor.
+            in_channels / condense_factor, which is what `condense` needs in the end.
         teacher: a network with layers of the same names whose outputs are the target, and with the model's BatchNorms
             behind them; by default the model as it is.
         sharing: above 0, inputs that other groups still read are dropped later than others, by how much the error grows
@@ -129,8 +131,10 @@ def prune_groups(
         counts[name] = int(count)
         if name not in known:
             raise ValueError(f"the teacher has no layer {name}")
-        if is_parametrized(layer):
-            raise ValueError(f"{name}: its weight is parametrised; call remove_parametrizations (torch.nn.utils) first")
+        if is_parametrized(layer) or "weight" not in layer._parameters:
+            raise ValueError(f"{name}: its weight is parametrised; remove that with torch.nn.utils first")
+    if teacher is before and all(layer.mask.sum(1).max() <= counts[name] for name, layer in layers.items()):
+        warnings.warn("all groups are chosen already: without a teacher, nothing changes", stacklevel=2)
 
     rows = {}
     try:
@@ -204,7 +208,8 @@ def _trace(network: nn.Module, modules: Iterable[Any], images: torch.Tensor, tak
     # First: a hook of the user's may change what the module puts out.
     handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module in modules]
     try:
-        network(images.to(next(network.parameters(), images)))
+        # A copy: the network may change its input in place.
+        network(images.to(next(network.parameters(), images), copy=True))
     except _LastCall:
         pass
     finally:
@@ -246,7 +251,8 @@ def _survey(model: nn.Module, layers: dict[str, Any], batches: Iterable[Any]) ->
             model,
             [*layers.values(), *norms],
             first[:1],
-            lambda module, x, y: (module, x, y, readers.counts[id(y)]),
+            # A BatchNorm that takes more than its input computes something else.
+            lambda module, x, *rest: (module, None if rest[1:] else x, rest[-1], readers.counts[id(rest[-1])]),
         )
     runs = [module for module, *_ in trace]
     if silent := [name for name, layer in layers.items() if layer not in runs]:
@@ -278,10 +284,10 @@ def _moments(name: str, model: nn.Module, teacher: nn.Module, calls: int, batche
     layer = model.get_submodule(name)
     assert isinstance(layer, LearnedGroupConv2d)
     target = teacher.get_submodule(name)
-    size, outputs, stride = layer.in_channels + 1, layer.out_channels, layer.stride
+    size, outputs, (down, right) = layer.in_channels + 1, layer.out_channels, layer.stride
     moments = layer.weight.new_zeros((size + outputs) * size + 1, dtype=torch.float64)
     for images in batches:
-        x = torch.cat(_trace(model, [layer], images, lambda _, x, y: _positions(x[:, :, ::stride, ::stride]), calls))
+        x = torch.cat(_trace(model, [layer], images, lambda _, x, y: _positions(x[:, :, ::down, ::right]), calls))
         y = torch.cat(_trace(teacher, [target], images, lambda _, x, y: _positions(y), calls) or [x[:0]])
         if y.shape != (len(x), outputs):
             raise ValueError(f"{name}: the teacher's layer doesn't run, or has outputs of another shape")
