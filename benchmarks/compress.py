@@ -13,13 +13,9 @@ compress.json beside it, row by row.
 import argparse
 import copy
 import json
-import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +23,8 @@ import numpy as np
 import onnxruntime
 import timm
 import torch
-from latency import PASSES, session_runner
-from measuring import environment, interleaved
+from latency import Cell, Form, export_apart, time_cells
+from measuring import environment
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
@@ -71,7 +67,7 @@ def lite0(classes: int) -> nn.Module:
 
 
 def train(model: nn.Module, data: mz.data.ImageSet, size: int, epochs: int, lr: float, seed: int) -> nn.Module:
-    """Trains with AdamW, crops and mirroring, in place; warm-up over a tenth, then a cosine to zero."""
+    """Trains with AdamW, crops and mirroring, in place; PyTorch's one-cycle schedule with a tenth of warm-up."""
     torch.manual_seed(seed)
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05)
     steps = epochs * (len(data) // BATCH)
@@ -103,18 +99,13 @@ def share(equal: np.ndarray) -> float:
 def time_share(dense: nn.Module, network: nn.Module, size: int, seconds: float = 5.0) -> dict[str, Any]:
     """Returns the time of one image on one thread, as a share of the dense network's."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [f"{folder}/{name}.onnx" for name in ("dense", "condensed")]
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # exporting makes what follows slow
-            export = partial(mz.export_onnx, input_size=(3, size, size))
-            list(pool.map(export, [dense, network], files))
-        medians = []
-        for _ in range(PASSES):  # with sessions made anew, each of which is faster or slower as such
-            runners = [session_runner(file, torch.randn(1, 3, size, size), 1) for file in files]
-            medians.append([statistics.median(times) for times in interleaved(runners, seconds / PASSES)])
-    before, after = (1000.0 * statistics.median(each) for each in zip(*medians, strict=True))
-    shares = [round(small / full, 3) for full, small in medians]
+        networks = {"dense": dense, "small": network}
+        forms = [Form(name, "", None, each, path=Path(folder, name)) for name, each in networks.items()]
+        export_apart([dense, network], [form.path for form in forms], size)
+        before, after = time_cells(forms, [Cell("onnxruntime", 1, 1)], seconds)
+    shares = [round(small / full, 3) for full, small in zip(before["passes"], after["passes"], strict=True)]
     where = environment() | {"threads": 1, "onnxruntime": onnxruntime.__version__}
-    return {"share": round(after / before, 3), "shares": shares, "ms": round(after, 3), **where}
+    return {"share": round(after["ms"] / before["ms"], 3), "shares": shares, "ms": round(after["ms"], 3), **where}
 
 
 def pruned(

@@ -14,11 +14,9 @@ adds how long a row's start takes, with what memory.
 import argparse
 import copy
 import json
-import multiprocessing
 import resource
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import onnxruntime
 import timm
 import torch
 from evaluate import create
-from latency import Cell, Form, time_cells
+from latency import Cell, Form, export_apart, time_cells
 from measuring import environment
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -117,11 +115,6 @@ def deployed(row: str, out: Path) -> Form:
     return Form(row, "optimized", None, mz.optimize_for_inference(model), path=out / row / "optimized.onnx")
 
 
-def export(row: str, out: Path) -> None:
-    form = deployed(row, out)
-    mz.export_onnx(form.network, str(form.path), input_size=(3, 32, 32))
-
-
 def time_rows(out: Path) -> None:
     """Adds to each row whose weights are there the time of one image on one thread of ONNX Runtime.
 
@@ -130,9 +123,8 @@ def time_rows(out: Path) -> None:
     names = [row["row"] for row in load_results()["rows"] if (out / row["row"] / "model.safetensors").exists()]
     if not names:
         raise ValueError(f"{out} holds no weights of a row that is measured")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # who has exported runs networks slower
-        list(pool.map(export, ["", *names], [out] * (1 + len(names))))
     forms = [deployed(name, out) for name in ["", *names]]
+    export_apart([form.network for form in forms], [form.path for form in forms])
     parent, *timed = time_cells(forms, [Cell("onnxruntime", 1, 1)], seconds=3.0)
     for name, own in zip(names, timed, strict=True):
         share, runtime = round(own["ms"] / parent["ms"], 3), {"onnxruntime": onnxruntime.__version__}

@@ -191,7 +191,13 @@ def export_all(names: list[str], folder: Path) -> None:
         list(track(done, "export", total=len(names), console=Console(stderr=True)))
 
 
-def session_runner(path: str, x: torch.Tensor, threads: int) -> Callable[[], object]:
+def export_apart(networks: list[nn.Module], files: list[Any], size: int = 32) -> None:
+    """Exports in a process of its own: one that has exported runs networks slower."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(partial(mz.export_onnx, input_size=(3, size, size)), networks, files))
+
+
+def session_runner(path: str, batch: int, threads: int) -> Callable[[], object]:
     """Returns what runs an ONNX file on a batch."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -199,15 +205,16 @@ def session_runner(path: str, x: torch.Tensor, threads: int) -> Callable[[], obj
     # An idle session's threads would otherwise spin on a core that the next form in turn needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
+    source = session.get_inputs()[0]
+    return partial(session.run, None, {source.name: torch.randn(batch, *source.shape[1:]).numpy()})
 
 
 def runner(form: Form, cell: Cell) -> Callable[[], object]:
-    x = torch.randn(cell.batch, 3, 32, 32)
     if cell.runtime == "eager":
         layout = torch.channels_last
-        return partial(form.network.to(memory_format=layout), x.to(memory_format=layout))
-    return session_runner(str(form.path), x, cell.threads)
+        x = torch.randn(cell.batch, 3, 32, 32).to(memory_format=layout)
+        return partial(form.network.to(memory_format=layout), x)
+    return session_runner(str(form.path), cell.batch, cell.threads)
 
 
 @torch.inference_mode()

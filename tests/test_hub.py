@@ -214,15 +214,6 @@ def test_card_code_runs(entry, folders, tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx").is_file()
 
 
-def test_a_learned_network_is_published_condensed_and_loads_in_both_forms(folders):
-    name = f"local-dir:{folders(LEARNED.model)}"
-    condensed = timm.create_model(name, pretrained=True).eval()
-    masked = timm.create_model(name, pretrained=True, condensed=False).eval()
-    assert any(isinstance(m, mz.CondensedConv2d) for m in condensed.modules())
-    assert any(isinstance(m, mz.LearnedGroupConv2d) for m in masked.modules())
-    mz.check_equivalent(masked, condensed, torch.randn(2, 3, 32, 32))
-
-
 @pytest.mark.parametrize("entry", [ENTRY, LEARNED], ids=["dense", "learned"])
 def test_transformers_loads_the_folder(entry, folders):
     from transformers import AutoModelForImageClassification, pipeline

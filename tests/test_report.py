@@ -108,17 +108,7 @@ def test_the_legend_names_every_line_and_covers_no_panel():
 
 def test_fine_tuning_is_measured_row_by_row(tmp_path, monkeypatch):
     out, trained = tmp_path / "finetuning.csv", []
-    arguments = [
-        "digits",
-        "--models",
-        "mobilenetv1_w025_cifar100",
-        "--per-class",
-        "3",
-        "--seeds",
-        "2",
-        "--out",
-        str(out),
-    ]
+    arguments = ["digits", "--models", "mobilenetv1_w025_cifar100", "--per-class", "3", "--seeds", "2", f"--out={out}"]
     original = finetuning.Run.train
 
     def train(run, progress):

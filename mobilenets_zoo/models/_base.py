@@ -11,6 +11,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from mobilenets_zoo.data import CIFAR100_CLASSES
+from mobilenets_zoo.lgc.condense import condense
 from mobilenets_zoo.pretrained import checkpoint_filter_fn
 
 __all__ = ["MobileNetBase", "ConvBn", "cifar100_cfg"]
@@ -110,6 +111,11 @@ class MobileNetBase(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0.0, 0.01)
                 nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def condense(self) -> nn.Module:
+        """Returns a copy whose learned group convolutions are standard grouped ones; see `mobilenets_zoo.condense`."""
+        return condense(self)
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
