@@ -23,6 +23,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import pickle
 import random
 import statistics
 import sys
@@ -194,7 +195,12 @@ def export_all(names: list[str], folder: Path) -> None:
 def export_apart(networks: list[nn.Module], files: list[Any], size: int = 32) -> None:
     """Exports in a process of its own: one that has exported runs networks slower."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(mz.export_onnx, input_size=(3, size, size)), networks, files))
+        # As bytes: torch would share each tensor through an open file.
+        list(pool.map(partial(export_pickled, size=size), map(pickle.dumps, networks), files))
+
+
+def export_pickled(network: bytes, file: Path, size: int) -> None:
+    mz.export_onnx(pickle.loads(network), file, input_size=(3, size, size))
 
 
 def session_runner(path: str, batch: int, threads: int) -> Callable[[], object]:
@@ -222,6 +228,7 @@ def time_cells(forms: list[Form], cells: Iterable[Cell], seconds: float) -> list
     """Returns a row per cell and form: milliseconds per image, median of each pass and of these."""
     compared = {cell: [form for form in forms if form.fits(cell)] for cell in cells}
     passes: dict[tuple[Cell, int], list[float]] = {}
+    threads = torch.get_num_threads()
     for cell in track(list(compared) * PASSES, "timing", console=Console(stderr=True)):
         torch.set_num_threads(cell.threads)
         # In random order, so that no form gains or loses each time by when its session is made.
@@ -230,7 +237,7 @@ def time_cells(forms: list[Form], cells: Iterable[Cell], seconds: float) -> list
         for form, times in zip(order, timed, strict=True):
             median = round(1000.0 * statistics.median(times) / cell.batch, 5)
             passes.setdefault((cell, id(form)), []).append(median)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     return [
         form.row() | asdict(cell) | dict(ms=statistics.median(passes[cell, id(form)]), passes=passes[cell, id(form)])
         for cell, chosen in compared.items()

@@ -36,7 +36,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, flag in training.items():
-            module.train(flag)  # which may do more than set the flag, for itself and for what is in it
+            if module.training != flag and type(module).train is not nn.Module.train:
+                module.train(flag)  # does more than set the flag, for itself and for what is in it
         for module, flag in training.items():
             module.training = flag
 

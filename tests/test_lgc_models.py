@@ -132,6 +132,8 @@ def test_check_equivalent_reports_the_largest_error():
     assert torch.equal(x, before)
     assert mz.check_equivalent(torch.argsort, torch.argsort, x) == 0
     with pytest.raises(ValueError, match="not equivalent"):
+        mz.check_equivalent(torch.fft.fft, lambda x: torch.fft.fft(x) + 1j, x)
+    with pytest.raises(ValueError, match="not equivalent"):
         mz.check_equivalent(torch.argsort, lambda x: x.argsort() + 1, x)
     norm = nn.BatchNorm1d(3).double()  # in training
     mz.check_equivalent(norm, norm, x)
@@ -364,6 +366,9 @@ def test_a_conversion_leaves_modes_and_random_state_alone():
     state = torch.get_rng_state()
     learned, _ = mz.to_learned_group_conv(model, input_size=(8, 4, 4))
     assert torch.equal(torch.get_rng_state(), state)
+    wrapped = nn.Sequential(mz.optimize_for_inference(timm.create_model("mobilenetv1_w025_cifar100")))
+    assert mz.profile(wrapped).macs > 0  # such a network refuses to be put in training mode
+    assert (wrapped.training, wrapped[0].training) == (True, False)
     for network in (model, learned):
         assert [m.training for m in network] == [True, True, False]
         assert (network[1].merged, network[2].merged) == (False, True)

@@ -197,6 +197,7 @@ def test_a_parametrised_weight_is_refused():
     with pytest.raises(ValueError, match="0: its weight is parametrised"):
         mz.prune_groups(model, torch.randn(8, 16, 4, 4))
     model = nn.Sequential(nn.utils.spectral_norm(mz.LearnedGroupConv2d(16, 8)))
+    model(torch.randn(8, 16, 4, 4))
     with pytest.raises(ValueError, match="0: its weight is parametrised"):
         mz.prune_groups(model, torch.randn(8, 16, 4, 4))
 
@@ -223,10 +224,13 @@ def test_an_input_that_the_network_changes_stays():
     assert relative_error(model.layer, dense.layer, normalised) == pytest.approx(error, rel=0.05)
 
 
-def test_finished_groups_are_warned_of():
+def test_finished_groups_are_refused_and_left_alone_by_a_schedule():
     model = mz.LearnedGroupConv2d(16, 8).prune_(4)
-    with pytest.warns(UserWarning, match="all groups are chosen already"):
-        mz.prune_groups(model, correlated(8, 16))
+    weight, images = model.weight.clone(), correlated(8, 16)
+    with pytest.raises(ValueError, match="no group reads more inputs than it is to keep"):
+        mz.prune_groups(model, images)
+    assert not mz.CondenseSchedule(model, images).step(1.0)
+    assert torch.equal(model.weight, weight)
 
 
 def test_dropped_inputs_stay_dropped():

@@ -7,10 +7,11 @@ channels between two pointwise convolutions are the hidden ones.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mobilenets_zoo.lgc.gather import ONNX_MIN_SAVED, gather_pays
@@ -95,13 +96,13 @@ def fold_batchnorm(layer: nn.Module) -> Convolution:
     """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias.
 
     Raises:
-        ValueError: no such layer, or one with forward hooks.
+        ValueError: no such layer, BatchNorm without running statistics, or a convolution with forward hooks.
     """
-    conv, bn = getattr(layer, "conv", None), getattr(layer, "bn", None)
-    if not isinstance(conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) or not isinstance(bn, nn.BatchNorm2d):
+    conv: Any = getattr(layer, "conv", None)
+    bn: Any = getattr(layer, "bn", None)
+    known = isinstance(conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) and isinstance(bn, _BatchNorm)
+    if not known or not bn.track_running_stats:
         raise ValueError(f"can't rewrite a {type(layer).__name__} that isn't a convolution with BatchNorm behind it")
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
     convolution = as_convolution(conv)
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias

@@ -79,7 +79,7 @@ def check_equivalent(
         # Copies, since a model may change its input in place.
         outputs = (tree_leaves(model(*tree_map_only(torch.Tensor, torch.clone, arguments))) for model in (a, b))
         # Some devices know no double precision.
-        expected, actual = ([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in outputs)
+        expected, actual = ([_real(x).cpu() for x in leaves if isinstance(x, torch.Tensor)] for leaves in outputs)
     if not expected:
         raise ValueError("there are no outputs to compare: neither a tensor nor a list or dict of tensors")
     shapes = [", ".join(str(tuple(output.shape)) for output in outputs) for outputs in (expected, actual)]
@@ -96,6 +96,10 @@ def check_equivalent(
             )
         largest = max(largest, error)
     return largest
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ the bias: (I + 1,). y is the layer's output there in the unpruned network: (O,).
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -103,18 +102,22 @@ def prune_groups(
             optimized: less time for more error.
 
     Raises:
-        ValueError: no learned layer, one that doesn't run, that the teacher lacks or whose weight is parametrised, two
-            that share a weight, `inputs` or `sharing` out of range, images of another form or fewer than a layer needs,
-            activations that aren't finite, or a device without double precision (MPS).
+        ValueError: no learned layer, nothing to drop and no teacher, a layer that doesn't run, that the teacher lacks
+            or whose weight is parametrised, two that share a weight, `inputs` or `sharing` out of range, images of
+            another form or fewer than a layer needs, activations that aren't finite, or a device without double
+            precision (MPS).
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     model = model.module if isinstance(model, wrappers) else model
     teacher = teacher.module if isinstance(teacher, wrappers) else teacher
-    before = copy.deepcopy(model)
-    teacher = before if teacher is None or teacher is model else teacher
     layers = learned_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to prune")
+    for name, layer in layers.items():
+        if is_parametrized(layer) or "weight" not in layer._parameters:
+            raise ValueError(f"{name}: its weight is parametrised; remove that with torch.nn.utils first")
+    before = copy.deepcopy(model)
+    teacher = before if teacher is None or teacher is model else teacher
     if next(model.parameters()).device.type == "mps":
         raise ValueError("pruning needs double precision, which this device lacks: move the model to the CPU")
     images = batches_of(images, next(model.parameters()).is_cuda)
@@ -131,10 +134,8 @@ def prune_groups(
         counts[name] = int(count)
         if name not in known:
             raise ValueError(f"the teacher has no layer {name}")
-        if is_parametrized(layer) or "weight" not in layer._parameters:
-            raise ValueError(f"{name}: its weight is parametrised; remove that with torch.nn.utils first")
     if teacher is before and all(layer.mask.sum(1).max() <= counts[name] for name, layer in layers.items()):
-        warnings.warn("all groups are chosen already: without a teacher, nothing changes", stacklevel=2)
+        raise ValueError("no group reads more inputs than it is to keep: start from an unpruned network")
 
     rows = {}
     try:

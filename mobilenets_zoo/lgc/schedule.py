@@ -66,19 +66,22 @@ class CondenseSchedule:
         """
         if not self.due(progress):
             return False
-        before = [layer.mask.clone() for layer in self.layers.values()]
+        layers = self.layers.values()
+        before = [layer.mask.clone() for layer in layers]
         if self.images is not None:
-            prune_groups(self.model, self.images, lambda layer: self._inputs(layer, progress))
+            # After a resume the masks may be there already.
+            if any(layer.mask.sum(1).max() > self._inputs(layer, progress) for layer in layers):
+                prune_groups(self.model, self.images, lambda layer: self._inputs(layer, progress))
         else:
             try:
-                for layer in self.layers.values():
+                for layer in layers:
                     layer.prune_(self._inputs(layer, progress))
             except ValueError:
-                for old, layer in zip(before, self.layers.values(), strict=True):
+                for old, layer in zip(before, layers, strict=True):
                     layer.mask.copy_(old)
                 raise
         self.progress = float(progress)
-        return any(not torch.equal(old, layer.mask) for old, layer in zip(before, self.layers.values(), strict=True))
+        return any(not torch.equal(old, layer.mask) for old, layer in zip(before, layers, strict=True))
 
     def due(self, progress: float) -> bool:
         """Whether `step` has a stage to take.
