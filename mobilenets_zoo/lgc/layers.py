@@ -11,9 +11,9 @@ output channels in a group.
 import math
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from mobilenets_zoo.lgc import gather
 
@@ -47,7 +47,7 @@ class _GroupConv2d(nn.Module):
         self.groups = groups
         self.condense_factor = condense_factor
         # As in nn.Conv2d, for code that computes a padding from them.
-        self.kernel_size, self.stride, self.padding, self.dilation = (1, 1), _pair(stride), (0, 0), (1, 1)
+        self.kernel_size, self.stride, self.padding, self.dilation = (1, 1), to_2tuple(stride), (0, 0), (1, 1)
         inputs, self.fan_out = self._register_choice(device)
         self.weight = nn.Parameter(torch.empty(out_channels, inputs, 1, 1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None

@@ -83,11 +83,10 @@ def prune_groups(
     Layer by layer, each group keeps the inputs without which the squared error of its outputs would grow most, and
     its weights are refitted to the teacher's outputs of that layer; so is the bias, or the running mean of a BatchNorm
     that alone reads them. Dropped inputs never return, so start from a trained dense network's weights, not from a
-    pruned one's. Training flags and torch's random state stay as they are. Memory
-    holds a copy of the model and a few times G (I + 1)^2 double numbers, whatever the number of images. With
-    torch.distributed initialised, all processes call this alike, each with images of its own, and get the same masks
-    and weights; where one of them fails, the others wait for the process group's timeout. After an error the model is
-    as it was.
+    pruned one's. Training flags and torch's random state stay as they are. Memory holds a copy of the model and a few
+    times G (I + 1)^2 double numbers, whatever the number of images. With torch.distributed initialised, all processes
+    call this alike, each with images of its own, and get the same masks and weights; where one of them fails, the
+    others wait for the process group's timeout. After an error the model is as it was.
 
     Args:
         model: any model with `LearnedGroupConv2d` layers that maps a batch of images.
