@@ -557,6 +557,21 @@ def test_a_state_goes_on_with_the_optimisers_settings_of_its_device(tmp_path):
     assert all(map(torch.equal, learner.model.parameters(), other.model.parameters()))
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_muon_orthogonalises_in_the_recipes_precision(tmp_path, monkeypatch, precision, dtype):
+    def orthogonalize(*args, dtype, **kwargs):
+        seen.add(dtype)
+        return original(*args, dtype=dtype, **kwargs)
+
+    seen, original = set(), student._ORTHOGONALIZE
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", original)  # put back afterwards
+    monkeypatch.setattr(student, "_ORTHOGONALIZE", orthogonalize)
+    recipe = load_recipe(write_recipe(tmp_path, optimizer="nmuon", precision=precision))
+    learner = Student(recipe, 10, 100, torch.device("cpu"), tmp_path)
+    learner.update(torch.randn(4, 3, 8, 8), F.one_hot(torch.arange(4), 10).float())
+    assert seen == {dtype}
+
+
 def test_soft_labels_of_other_images_or_crops_are_refused(tmp_path, data, labelled, capsys):
     labels = SoftLabels.load(labelled[2])
     labels.info["data_sha256"] = "0"

@@ -52,7 +52,7 @@ class Recipe:
         cutmix: share of the batches that are mixed by CutMix (arXiv 1905.04899), alpha 1.
         sizes: progressive resolution: [[share of the epochs, pixels], ...], shares add up to 1; the last is the
             resolution that the network is measured at.
-        precision: "bf16" (autocast) or "fp32".
+        precision: "bf16" (autocast) or "fp32", of Muon's orthogonalisation, too.
         teacher: finished run, relative to benchmarks/, of a network that labels each batch as the students see it,
             cropped, mirrored and mixed, but at its own resolution (arXiv 2106.05237); "" for none.
         soft_labels: file of a teacher's soft labels, relative to benchmarks/, in place of `teacher`; "" for none. A

@@ -1,6 +1,7 @@
 """One network that learns: weights, their average, optimiser, pruning stages and log."""
 
 import csv
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 import timm
+import timm.optim.muon
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -29,6 +31,7 @@ LOG_FIELDS = (
     *("largest_norm", "largest_variance", "dead_channels"),
     *("images_per_second", "seconds"),
 )
+_ORTHOGONALIZE = timm.optim.muon.zeropower_via_newtonschulz
 
 
 class Student:
@@ -73,6 +76,9 @@ class Student:
         if self.capturable:
             arguments.update(lr=torch.tensor(recipe.lr, device=device), capturable=True)
         self.optimizer = create_optimizer_v2(self.model, recipe.optimizer, **arguments)
+        # timm's Muon orthogonalises in bfloat16, which is half of a step on a CPU that has no instructions for it.
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        timm.optim.muon.zeropower_via_newtonschulz = functools.partial(_ORTHOGONALIZE, dtype=dtype)
         self.learned = mz.learned_layers(self.model)
         self.schedule = mz.CondenseSchedule(self.model) if self.learned else None
         # Loss and accuracy, summed on the device and read now and then.
