@@ -317,7 +317,7 @@ def export(
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(2))
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="By default 0.003, less below 1,000 images.")
 @click.option("--layer-decay", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--size", type=click.IntRange(8, 1024), help="Side of the input in pixels, by default the model's.")
+@click.option("--size", type=click.IntRange(8, 512), help="Side of the input in pixels, by default the model's.")
 @click.option("--flip/--no-flip", default=True, help="Show mirrored images, too; not for digits and text.")
 @click.option("--freeze", is_flag=True, help="Fit the classifier alone.")
 @click.option("--scratch", is_flag=True, help="Start from random weights, to compare.")

@@ -33,7 +33,10 @@ from mobilenets_zoo.utils import keep_freed_memory, progress_bar
 
 
 def measure(recipe: Recipe, run: Path, data: str, device: str) -> dict[str, Any]:
-    """Returns the content of the result file."""
+    """Returns the content of the result file; ValueError where the run is of another recipe."""
+    training = json.loads((run / "run.json").read_text())
+    if training.pop("recipe", None) != json.loads(json.dumps(dataclasses.asdict(recipe))):
+        raise ValueError(f"{run} was trained with another recipe than {recipe.name}")
     images = mz.data.load_images(data, "test")
     deployed = model = create(recipe, run, len(images.classes), device)
     if mz.learned_layers(model):
@@ -48,8 +51,7 @@ def measure(recipe: Recipe, run: Path, data: str, device: str) -> dict[str, Any]
     sample = torch.linspace(-2, 2, 2 * 3 * 32 * 32, device=device).reshape(2, 3, 32, 32)
     with torch.no_grad():
         sample_logits = [[round(v, 5) for v in row] for row in deployed(sample).tolist()]
-    with open(run / "log.csv", newline="") as file:
-        epochs = list(csv.DictReader(file))
+    epochs = read_log(run)
     return {
         "model": recipe.model,
         "tag": recipe.tag,
@@ -59,12 +61,17 @@ def measure(recipe: Recipe, run: Path, data: str, device: str) -> dict[str, Any]
         "params": profile.params,
         "macs": profile.macs,
         "sha256": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(),
-        "training": json.loads((run / "run.json").read_text()),
+        "training": training,
         "training_seconds": round(sum(float(epoch["seconds"]) for epoch in epochs)),
         "training_loss": float(epochs[-1]["train_loss"]),
         "sample_logits": sample_logits,
         "evaluation": {**result.to_dict(), "data_sha256": images.sha256(), "environment": environment(device)},
     }
+
+
+def read_log(run: Path) -> list[dict[str, str]]:
+    with open(run / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def create(recipe: Recipe, run: Path, classes: int, device: str, **kwargs: Any) -> nn.Module:
@@ -156,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
         result = measure(recipe, args.run, args.data, args.device)
         scores = result["evaluation"]
         print(f"{recipe.name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
+        if args.bundle and any(epoch["holdout_top1"] for epoch in read_log(args.run)):
+            raise ValueError(f"{args.run} was trained with --holdout, so on a part of the images: train it without")
         if args.record or args.bundle:
             if earlier.exists() and json.loads(earlier.read_text())["sha256"] != result["sha256"]:
                 raise ValueError(f"{earlier} is of another weight; a new training needs a new tag")

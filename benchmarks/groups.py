@@ -94,7 +94,7 @@ def measure(row: str, data: str, out: Path, device: str) -> dict[str, Any]:
     labels = load_soft_labels(recipe, images).subset(kept)
     trainer = Trainer([recipe], images.subset(kept), labels, None, torch.device(device), out)
     out.mkdir(parents=True, exist_ok=True)
-    start_top1 = top1(started(trainer.students[0].model, recipe, images.subset(kept)), test)
+    start_top1 = top1(started(trainer.students[0].average.module, recipe, images.subset(kept)), test)
     if not (out / "model.safetensors").exists():
         if (out / CHECKPOINT).exists():
             trainer.load()

@@ -195,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         data, device = mz.data.load_images(args.data, "train"), torch.device(args.device)
+        if not 1 <= args.kept <= len(data.classes) <= 256:
+            raise ValueError(f"--kept {args.kept}: there are {len(data.classes)} classes, and at most 256 fit")
         teacher = Teacher(load_recipe(args.recipe), args.run, len(data.classes), device)
         compute(teacher, data, args.views, args.kept, args.seed, args.batch_size).save(args.out)
     except (ValueError, OSError) as error:

@@ -2,14 +2,15 @@
 
     python benchmarks/train.py RECIPE.toml [RECIPE.toml ...] --data DIR --out DIR [--resume]
 
-The folder given by --out receives, per model, DIR/NAME.TAG/ with `run.json` (hardware and versions), `log.csv` (a row
-per epoch: losses, accuracies, the largest weights and variances, the share of dead channels), `masks.json` (masks and
-Hoyer index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the weights to
-measure with benchmarks/evaluate.py), and for all of them `checkpoint.pt`. With one recipe everything lies in DIR.
-Several recipes see the same batches; on a GPU they fill one another's gaps. Test images are never read.
+The folder given by --out receives, per model, DIR/NAME.TAG/ with `run.json` (recipe, hardware and versions), `log.csv`
+(a row per epoch: losses, accuracies, the largest weights and variances, the share of dead channels), `masks.json`
+(masks and Hoyer index of learned group convolutions at each pruning stage) and, at the end, `model.safetensors` (the
+weights to measure with benchmarks/evaluate.py), and for all of them `checkpoint.pt`. With one recipe everything lies in
+DIR. Several recipes see the same batches; on a GPU they fill one another's gaps. Test images are never read.
 """
 
 import argparse
+import csv
 import dataclasses
 import math
 import signal
@@ -90,8 +91,10 @@ class Trainer:
             folder = out if len(recipes) == 1 else out / recipe.name
             args = recipe, self.num_classes, self.total_steps, device, folder, self.images, resumed
             self.students.append(Student(*args))
-        cfg: dict[str, Any] = self.students[0].model.pretrained_cfg  # type: ignore[assignment]
-        self.mean, self.std = cfg["mean"], cfg["std"]
+        cfgs: list[Any] = [student.model.pretrained_cfg for student in self.students]
+        self.mean, self.std = cfgs[0]["mean"], cfgs[0]["std"]
+        if any((cfg["mean"], cfg["std"]) != (self.mean, self.std) for cfg in cfgs):
+            raise ValueError("models that train together must take images of the same mean and standard deviation")
         self.graph = Graph(self.students) if all(student.capturable for student in self.students) else None
         self.step = 0  # optimiser steps done
         self.epoch_seconds = 0.0
@@ -237,7 +240,7 @@ class Trainer:
             if steps:
                 batches = (self.batch(plan, i, self.recipe.sizes[-1][1], taught=False)[0] for i in range(steps))
                 torch.optim.swa_utils.update_bn(batches, model)
-            mz.save_weights(model, student.out / "model.safetensors")
+            mz.save_weights(model, student.weights)
 
 
 class Graph:
@@ -308,11 +311,19 @@ def held_out(labels: np.ndarray, parts: int = 10, seed: int = 100) -> np.ndarray
     return held
 
 
+def knows_held_out(recipe: Recipe) -> bool:
+    """Returns whether the weights that the recipe starts from were trained on the images of `held_out`."""
+    if not recipe.init_from or recipe.pretraining:
+        return False
+    with open(RUNS / recipe.init_from / "log.csv", newline="") as file:
+        return not all(epoch["holdout_top1"] for epoch in csv.DictReader(file))
+
+
 def train(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     recipes = [load_recipe(path) for path in args.recipes]
     for field in SHARED_FIELDS:
-        if len({str(getattr(recipe, field)) for recipe in recipes}) > 1:
+        if len({getattr(recipe, field) for recipe in recipes}) > 1:
             raise ValueError(f"recipes that train together must agree on {field}")
     if len({recipe.name for recipe in recipes}) < len(recipes):
         raise ValueError("recipes that train together must differ in model or tag")
@@ -320,20 +331,31 @@ def train(args: argparse.Namespace) -> int:
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} exists; add --resume to go on, or choose another --out")
 
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, not {args.device}")
     device = torch.device(args.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # its streams and graphs are those of the current one
     data, holdout = mz.data.load_images(args.data, "train"), None
     labels = load_soft_labels(recipes[0], data) if recipes[0].soft_labels else None
     if args.holdout:
+        if seen := sorted({recipe.init_from for recipe in recipes if knows_held_out(recipe)}):
+            remedy = "train its recipe with --holdout, and start from that run"
+            raise ValueError(f"--holdout: {seen[0]}, which init_from names, was trained on those images; {remedy}")
         held = held_out(data.labels)
         data, holdout = data.subset(~held), data.subset(held)
         labels = labels.subset(~held) if labels is not None else None
     trainer = Trainer(recipes, data, labels, holdout, device, args.out, resumed=checkpoint.exists())
     if checkpoint.exists():
         trainer.load()
+    if trainer.step == trainer.total_steps and all(student.weights.exists() for student in trainer.students):
+        print(f"{args.out} is finished already")
+        return 0
     for student in trainer.students:
         student.out.mkdir(parents=True, exist_ok=True)
         if trainer.step < trainer.total_steps:  # else nothing is left to train on this machine
-            mz.utils.write_json(student.out / "run.json", {**environment(str(device)), "together": len(recipes)})
+            run = {**environment(str(device)), "together": len(recipes), "recipe": dataclasses.asdict(student.recipe)}
+            mz.utils.write_json(student.out / "run.json", run)
     trainer.save()  # what can't be written shows before the training
 
     def on_sigterm(*_: Any) -> None:

@@ -20,7 +20,8 @@ WEIGHT_FIELDS = ("tag", "top1", "top5", "taught_by", "file", "bytes", "sha256", 
 
 
 def model_names() -> list[str]:
-    return timm.list_models(MODEL_PATTERN)
+    names = timm.list_models(MODEL_PATTERN)
+    return [name for name in names if timm.model_entrypoint(name).__module__.startswith("mobilenets_zoo.")]
 
 
 def summary(name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
@@ -119,7 +120,8 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
 
     Args:
         source: what `load_images` takes, or a folder of images per class, with folders for training and testing above
-            them or not. Without test images a fifth of each class is held out for testing, always the same.
+            them or not. Without test images about a fifth of each class is held out for testing, by a hash of the
+            images' names, of the pixels in Parquet files, so that it doesn't change when others are added.
         split: "train" or "test".
         model: has timm's `pretrained_cfg`.
         track: wraps what is read, to show progress.
@@ -128,23 +130,26 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         Images of the model's input size, uint8 (N, height, width, 3).
 
     Raises:
-        ValueError: no such data, or an image that can't be read.
+        ValueError: no such data, an image that can't be read, or training images asked for of what is named as test
+            images.
     """
     root = Path(source)
-    if not root.exists() and str(source) not in HUB_DATASETS:
+    if not os.path.exists(root) and str(source) not in HUB_DATASETS:
         known = f"Parquet files, a torchvision root or one of {', '.join(HUB_DATASETS)}"
         raise ValueError(f"{source}: no such folder; give one with a folder of images for each class, {known}")
     parquet = root.is_file() or any(file for split in SPLITS for file in root.rglob(f"{split}-*.parquet"))
     torchvision = any((root / name).is_dir() or root.name == name for name in TORCHVISION_DATASETS)
-    images: Any
+    tests_alone = root.is_file() and root.name.startswith("test-")
+    images: list[Any]
     if parquet or torchvision or str(source) in HUB_DATASETS:
-        divided = not parquet or any(root.rglob("test-*.parquet"))
+        divided = not parquet or tests_alone or any(root.rglob("test-*.parquet"))
         data = load_images(source, split if divided else "train")
-        images, labels, classes = data.images, data.labels, data.classes
+        images, labels, classes = list(data.images), data.labels, data.classes
     else:
         parts = {path.name.lower(): path for path in _visible(root) if any(map(Path.is_dir, _visible(path)))}
         found = {key: next((parts[name] for name in names if name in parts), None) for key, names in SPLITS.items()}
-        divided = None not in found.values()
+        tests_alone = not found["train"] and bool(found["test"] or root.resolve().name.lower() in SPLITS["test"])
+        divided = tests_alone or found["test"] is not None
         folders = [path for path in _visible(found[split if divided else "train"] or root) if path.is_dir()]
         inside = [[path for path in _visible(folder, "**/*") if not path.is_dir()] for folder in folders]
         if unread := [path for paths in inside for path in paths if path.suffix.lower() in UNREADABLE]:
@@ -155,19 +160,33 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
             kinds = "a folder of images for each class, or with train-*.parquet"
             raise ValueError(f"{empty}: holds no images; give a folder with {kinds}")
         images, classes = [path for paths in files for path in paths], tuple(folder.name for folder in folders)
-        labels = np.repeat(np.arange(len(files)), list(map(len, files)))
+        labels = np.repeat(np.arange(len(files), dtype=np.int64), list(map(len, files)))
+    if tests_alone and split == "train":
+        raise ValueError(f"{source}: holds test images alone, by its name; rename it, or give the folder above it")
     if not divided:
-        random = np.random.default_rng(0)
-        members = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-        held = np.concatenate([positions[: max(1, len(positions) // 5)] for positions in members])
-        chosen = np.sort(held) if split == "test" else np.setdiff1d(np.arange(len(labels)), held)
+        names = [image.name.encode() if isinstance(image, Path) else image.tobytes() for image in images]
+        chosen = np.flatnonzero(_held_out(names, labels) == (split == "test"))
         if not len(chosen):
             raise ValueError(f"{source}: at least two images of a class are needed, one to train and one to test with")
         images, labels = [images[position] for position in chosen], labels[chosen]
-    geometry = create_transform(**resolve_model_data_config(model), normalize=False)
-    opened = (read_image(image) if isinstance(image, Path) else Image.fromarray(image) for image in track(images))
-    pixels = [geometry(image).permute(1, 2, 0).numpy() for image in opened]
-    return ImageSet(np.stack(pixels), labels, classes)
+    config = resolve_model_data_config(model)
+    geometry = create_transform(**config, normalize=False)
+    pixels = np.empty((len(images), *config["input_size"][1:], 3), dtype=np.uint8)
+    for position, image in enumerate(track(images)):
+        opened = read_image(image) if isinstance(image, Path) else Image.fromarray(image)
+        pixels[position] = geometry(opened).permute(1, 2, 0).numpy()
+    return ImageSet(pixels, labels, classes)
+
+
+def _held_out(names: list[bytes], labels: np.ndarray) -> np.ndarray:
+    """Returns a mask (N,): the images whose name's hash is in the lowest fifth, of each class one at least, not all."""
+    values = np.array([int.from_bytes(hashlib.sha256(name).digest()[:6], "big") for name in names])
+    held = values < 2**48 // 5
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        held[members[values[members].argmax()]] = False
+        held[members[values[members].argmin()]] = True  # last, for a class of one image
+    return held
 
 
 def _visible(folder: Path, pattern: str = "*") -> list[Path]:
@@ -180,8 +199,8 @@ def _download(repo: str, split: str) -> list[Path]:
 
     try:
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=[f"*{split}-*.parquet"])
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # proxies and broken transfers raise what their library has
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{repo}: could not be downloaded ({reason}); pass a local folder instead") from error
     return sorted(Path(folder).rglob(f"{split}-*.parquet"))
 

@@ -251,9 +251,9 @@ class Run:
     def fit_classifier(self) -> None:
         """Fits the classifier to the network's features: logistic regression with a quadratic penalty."""
         if not self.settings.freeze:  # the features that training starts from: BatchNorm takes the images' statistics
-            shuffled = self.images[torch.randperm(len(self.images))]
-            batches = shuffled.tensor_split(math.ceil(len(shuffled) / 128))  # of even sizes, as each counts the same
-            update_bn((self.inputs(batch) for batch in batches), self.model)
+            order = torch.randperm(len(self.images))
+            batches = order.tensor_split(math.ceil(len(order) / 128))  # of even sizes, as each counts the same
+            update_bn((self.inputs(self.images[batch]) for batch in batches), self.model)
         features = self.features(self.images)
         mean, scale = features.mean(0), features.std(0)
         scale += 0.01 * scale.max()

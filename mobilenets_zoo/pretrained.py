@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -261,11 +262,11 @@ def _names_own_source(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any])
     return bool(keys.intersection(overlay) or cfg.source or cfg.url or cfg.file or cfg.state_dict or own_hub)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Converts learned group convolutions in a state dict to the form, masked or condensed, that `model` has.
 
-    A dense weight for a masked layer gets a mask that keeps everything, so a dense network's checkpoint can start
-    the training of a learned one.
+    A dense weight for a masked layer leaves the mask as it is: in a new network it keeps everything, so a dense one's
+    checkpoint can start the training of a learned one.
 
     Raises:
         ValueError: an unfinished mask for a condensed layer, or an index that doesn't fit.
@@ -284,7 +285,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 expanded = expand_weight(weight, state_dict.pop(f"{name}.index"), layer.groups, layer.in_channels)
                 state_dict[f"{name}.weight"], state_dict[f"{name}.mask"] = expanded
             elif weight.shape == layer.weight.shape:
-                state_dict.setdefault(f"{name}.mask", torch.ones_like(layer.mask, device=weight.device))
+                state_dict.setdefault(f"{name}.mask", layer.mask.to(weight.device))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: the checkpoint's weight doesn't fit its mask or index: {error}") from error
     return state_dict

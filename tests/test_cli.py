@@ -126,6 +126,11 @@ def test_info_of_masks_that_are_not_finished(run, tmp_path):
     assert json.loads(text)["macs"] == 300_913_664
 
 
+def test_somebody_elses_models_are_not_the_zoos(monkeypatch):
+    monkeypatch.setattr(catalogue.timm, "list_models", lambda pattern: ["mobilenetv1_cifar100", "resnet18"])
+    assert catalogue.model_names() == ["mobilenetv1_cifar100"]
+
+
 def test_demo_classifies_a_photo_of_scikit_image(run, monkeypatch):
     code, out, err = run("predict", "--demo", "--top", 3)
     assert (code, err) == (0, "")

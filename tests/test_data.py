@@ -218,9 +218,61 @@ def test_a_hub_id_reads_what_was_downloaded(tmp_path, monkeypatch):
     assert asked == [(("uoft-cs/cifar100",), {"repo_type": "dataset", "allow_patterns": ["*test-*.parquet"]})]
 
 
-def test_hub_errors_are_one_line(monkeypatch):
+def photos(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(png(len(name))[0]).save(folder / name)
+
+
+def test_what_is_held_out_stays_so_when_images_are_added(tmp_path):
+    """Of a folder by the images' names, of Parquet by their pixels; the labels tell which image is which."""
+    model = timm.create_model("mobilenetv1_w025_cifar100")
+    photos(tmp_path / "photos", [f"{kind}/{number}.png" for kind in "ab" for number in range(40)])
+
+    def held(source):
+        paths = []
+        read_split(source, "test", model, lambda images: paths.extend(images) or images)
+        return [path.tobytes() if isinstance(path, np.ndarray) else path for path in paths]
+
+    before = held(tmp_path / "photos")
+    assert 8 <= len(before) <= 24  # 16 of 80
+    photos(tmp_path / "photos", ["a/0first.png", *(f"b/{number}.png" for number in range(50, 60))])
+    after = held(tmp_path / "photos")
+    assert [path for path in after if path in before] == before
+    assert all(path.stem == "0first" or int(path.stem) >= 50 for path in set(after) - set(before))
+
+    file = tmp_path / "some.parquet"
+    write_parquet(file, range(60))
+    before = held(file)
+    write_parquet(file, range(66))
+    assert set(before) < set(held(file)) or before == held(file)
+    train, test = (read_split(file, split, model) for split in ("train", "test"))
+    assert len(train) + len(test) == 66
+    assert set(test.labels) == {0, 1, 2}
+
+
+def test_a_class_of_one_or_two_images_has_one_to_test_with(tmp_path):
+    model = timm.create_model("mobilenetv1_w025_cifar100")
+    photos(tmp_path, ["a/1.png", "b/1.png", "b/2.png"])
+    assert [read_split(tmp_path, split, model).labels.tolist() for split in ("train", "test")] == [[1], [0, 1]]
+
+
+@pytest.mark.parametrize("place", ["test", "photos/test", "photos/Validation"])
+def test_images_named_as_test_images_are_all_for_testing(tmp_path, place):
+    model = timm.create_model("mobilenetv1_w025_cifar100")
+    photos(tmp_path / place, [f"{kind}/{number}.png" for kind in "ab" for number in range(3)])
+    sources = {tmp_path / place, (tmp_path / place).parent} - {tmp_path}
+    write_parquet(tmp_path / "test-0.parquet", range(6))
+    for source in (*sources, tmp_path / "test-0.parquet"):
+        assert len(read_split(source, "test", model)) == 6
+        with pytest.raises(ValueError, match="holds test images alone, by its name; rename it"):
+            read_split(source, "train", model)
+
+
+@pytest.mark.parametrize("error", [OSError, type("ProxyError", (Exception,), {})])
+def test_hub_errors_are_one_line(monkeypatch, error):
     def fail(*_, **__):
-        raise OSError("offline\nlong explanation")
+        raise error("offline\nlong explanation")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ValueError, match=r"^uoft-cs/cifar100: could not be downloaded \(offline\)"):

@@ -100,6 +100,15 @@ def test_a_dense_checkpoint_starts_a_learned_network():
     mz.check_equivalent(dense, learned, torch.randn(2, 3, 32, 32))
 
 
+def test_parameters_alone_leave_masks_as_they_are():
+    model = timm.create_model("mobilenetv2_lgc_cifar100")
+    mz.CondenseSchedule(model).step(1.0)
+    before = {name: layer.mask.clone() for name, layer in mz.learned_layers(model).items()}
+    model.load_state_dict(dict(model.named_parameters()), strict=False)
+    assert all(torch.equal(layer.mask, before[name]) for name, layer in mz.learned_layers(model).items())
+    assert sum(mask.sum() for mask in before.values()) < sum(mask.numel() for mask in before.values())
+
+
 def test_condense_works_on_foreign_models_and_keeps_shared_layers_shared():
     layer = mz.LearnedGroupConv2d(16, 16).prune_(4)
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.ReLU())})
@@ -145,16 +154,17 @@ def test_check_equivalent_reports_the_largest_error():
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older versions have another setting")
 def test_check_equivalent_computes_without_tf32_and_keeps_the_setting():
-    settings, seen = torch.backends.cudnn.conv, []
-    before, legacy = settings.fp32_precision, torch.backends.cudnn.allow_tf32
+    def precisions():
+        return [setting.fp32_precision for setting in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
 
     def model(x):
-        seen.append(settings.fp32_precision)
+        seen.extend(precisions())
         return x
 
+    seen, before, legacy = [], precisions(), torch.backends.cudnn.allow_tf32
     mz.check_equivalent(model, model, torch.ones(2))
-    assert seen == ["ieee", "ieee"]
-    assert (settings.fp32_precision, torch.backends.cudnn.allow_tf32) == (before, legacy)
+    assert seen == ["ieee"] * 4
+    assert (precisions(), torch.backends.cudnn.allow_tf32) == (before, legacy)
 
 
 # The schedule
@@ -374,9 +384,19 @@ def test_a_conversion_leaves_modes_and_random_state_alone():
         assert (network[1].merged, network[2].merged) == (False, True)
 
 
+class Fixed(nn.Module):
+    """Asserts its input's size, as networks with windows do."""
+
+    def forward(self, x):
+        assert x.shape[2] == 8, f"Img height {x.shape[2]}, not 8"
+        return x
+
+
 def test_nothing_to_convert():
     with pytest.raises(ValueError, match=r"can't count MACs at input_size=\(3, 224, 224\); pass what"):
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 1))
+    with pytest.raises(ValueError, match=r"can't count MACs at input_size=\(8, 9, 9\).*Img height"):
+        mz.to_learned_group_conv(nn.Sequential(nn.Conv2d(8, 8, 1), Fixed()), input_size=(8, 9, 9))
     with pytest.raises(ValueError, match=r"no nn\.Conv2d"):
         mz.to_learned_group_conv(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="not matched"):

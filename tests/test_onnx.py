@@ -107,6 +107,13 @@ def test_a_mismatch_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(mz.onnx, "_onnx_bytes", lambda *_: b"no graph")
+    with pytest.raises(ValueError, match="ONNX Runtime refuses LearnedGroupConv2d: "):
+        mz.export_onnx(mz.LearnedGroupConv2d(8, 8), tmp_path / "model.onnx", input_size=(8, 4, 4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="names no input size"):
         mz.export_onnx(nn.Conv2d(3, 4, 1), "x.onnx")

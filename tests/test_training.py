@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -266,6 +267,20 @@ def test_resuming_needs_the_same_recipe_and_images_and_a_whole_checkpoint(tmp_pa
     assert f"{train.CHECKPOINT} can't be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (dict(init_from="mobilenetv2_cifar100.kd_e26_r32"), ("--holdout",), "kd_e26_r32, which init_from names, was"),
+        (dict(), ("--device", "mps"), "--device must be cpu, cuda or cuda:N, not mps"),
+        (dict(model="mobilenetv9_cifar100"), (), "mobilenetv9_cifar100.test can't be created: Unknown model"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path, data, capsys, changes, arguments, message):
+    assert run(write_recipe(tmp_path, **changes), data, tmp_path / "out", *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_found_before_training_and_leaves_the_old_checkpoint(tmp_path, data, capsys, monkeypatch):
     recipe, out = write_recipe(tmp_path), tmp_path / "out"
     (tmp_path / "file").write_text("")
@@ -332,7 +347,10 @@ def test_without_an_average_the_last_weights_are_kept(tmp_path, data, trainers, 
     estimated_anew = [not torch.equal(ours, kept) for ours, kept in statistics if ours.is_floating_point()]
     assert estimated_anew
     assert all(estimated_anew)
-    first = file.read_bytes()
+    first, made = file.read_bytes(), file.stat().st_mtime_ns
+    assert run(recipe, data, tmp_path / "out", "--resume") == 0
+    assert file.stat().st_mtime_ns == made
+    file.unlink()  # as where the end was interrupted
     assert run(recipe, data, tmp_path / "out", "--resume") == 0
     assert file.read_bytes() == first
 
@@ -757,13 +775,17 @@ def test_a_result_is_recorded_beside_its_recipe(project, data, capsys):
     assert measured(outside, out, data) == 0
     assert measured(outside, out, data, "--record") == 2
     assert f"lies at {recipe}" in capsys.readouterr().err
+    # A run of another recipe is none of this one's.
+    changed = write_recipe(project, LGC, epochs=2, lr=0.2)
+    assert measured(changed, out, data) == 2
+    assert f"{out} was trained with another recipe" in capsys.readouterr().err
     # The same tag can't come to mean another weight.
     _, other = trained(project, data, LGC, seed=1)
     assert measured(recipe, other, data, "--bundle") == 2
     assert "a new training needs a new tag" in capsys.readouterr().err
     assert json.loads((folder / "result.json").read_text()) == result
-    (out / "model.safetensors").write_bytes(b"damaged")
-    assert measured(recipe, out, data) == 2
+    (other / "model.safetensors").write_bytes(b"damaged")
+    assert measured(recipe, other, data) == 2
     assert "can't be loaded into mobilenetv2_lgc_cifar100" in capsys.readouterr().err
 
 
@@ -778,6 +800,11 @@ def test_a_weight_is_bundled_and_makes_place_for_the_next(project, data, monkeyp
     )
     assert row["taught_by"] is None
     assert row["file"] == f"{name}.safetensors"  # not the model's default tag
+    # What a part of the images was held out from isn't bundled.
+    part = project / "part"
+    assert run(first, data, part, "--holdout") == 0
+    assert measured(first, part, data, "--bundle") == 2
+    assert json.loads((weights / "manifest.json").read_text())[name] == row
     # Published and measured again, it stays the file of that commit.
     mz.utils.write_json(weights / "manifest.json", {name: row | {"revision": "1234"}})
     assert measured(first, out, data, "--bundle") == 0
@@ -787,6 +814,9 @@ def test_a_weight_is_bundled_and_makes_place_for_the_next(project, data, monkeyp
     third = kept_recipe(project, BASE, tag="third", init_from=load_recipe(second).name)
     fourth, other = trained(project, data, BASE, tag="fourth", seed=1)
     for recipe, run_folder in ((second, out), (third, other), (fourth, out)):
+        made = json.loads((run_folder / "run.json").read_text())
+        as_its = made | {"recipe": dataclasses.asdict(load_recipe(recipe))}
+        mz.utils.write_json(run_folder / "run.json", as_its)
         default = SimpleNamespace(tag=load_recipe(recipe).tag)
         monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _, cfg=default: cfg)
         assert measured(recipe, run_folder, data, "--bundle") == 0

@@ -1,8 +1,8 @@
 """Layers for training on a GPU: BatchNorm with ReLU6 in it, and 3x3 depthwise convolution, through torch.compile.
 
 A MobileNet's step moves much memory for each multiplication, and PyTorch's own kernels normalise and clip in passes of
-their own. Compiling two small functions takes seconds, where whole networks take minutes, and all layers of all
-networks share them.
+their own. Two small functions compile sooner than whole networks, once for each number of channels; `torch.compile`
+keeps what it made in `TORCHINDUCTOR_CACHE_DIR`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 __all__ = ["batch_norm_act", "compile_layers", "depthwise_conv3x3"]
 
-RECOMPILE_LIMIT = 64  # one for each dtype, and for each pattern of sizes that happen to be equal
+RECOMPILE_LIMIT = 64  # one for each number of channels, dtype, and pattern of sizes that happen to be equal
 
 
 def compile_layers(model: nn.Module) -> nn.Module:

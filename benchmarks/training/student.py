@@ -41,6 +41,7 @@ class Student:
         model: the network that takes steps; some of its layers compute in a way that suits the device.
         average: its `module` is what the training leaves: a plain network with the average of the weights, or with the
             last ones where the recipe has no average.
+        weights: the file that they go to at the end.
     """
 
     def __init__(
@@ -58,8 +59,12 @@ class Student:
         `resumed` leaves out the start from other weights, which `load_state_dict` would replace.
         """
         self.recipe, self.out, self.total_steps = recipe, out, total_steps
+        self.weights = out / "model.safetensors"
         torch.manual_seed(recipe.seed)
-        model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
+        try:
+            model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{recipe.name} can't be created: {error}") from error
         if recipe.init_from and not resumed:
             calibration = self._calibration(model, images)
             start_from(model, recipe.init_from, recipe.init_sha256, calibration, recipe.sharing)
@@ -105,7 +110,7 @@ class Student:
         self._prune(step / self.total_steps)
         warmup = recipe.warmup_epochs * steps_per_epoch
         if step < warmup:
-            lr = recipe.lr * (step + 1) / warmup
+            lr = recipe.lr * min(1.0, (step + 1) / warmup)
         else:
             lr = recipe.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (self.total_steps - warmup)))
         for group in self.optimizer.param_groups:

@@ -114,25 +114,28 @@ def export_onnx(
     else:
         sample = torch.randn(3, channels, height, width, generator=generator)
     data = _onnx_bytes(network, sample[:2], preprocessing, _metadata(cfg, size, mean, std))
-    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
-        if calibration_images is not None:
-            feeds = calibration_images if preprocessing else _normalised(calibration_images, mean, std)
+    if calibration_images is not None:
+        feeds = calibration_images if preprocessing else _normalised(calibration_images, mean, std)
+        with tempfile.TemporaryDirectory() as folder:
             data = _quantized(data, Path(folder), feeds)
+    try:
+        exported = OnnxClassifier(data)
+    except Exception as error:  # ONNX Runtime's have no class in common but this
+        raise ValueError(f"ONNX Runtime refuses {type(model).__name__}: {error}") from error
+    # An int8 network's values are its own, but as many as the model's and finite.
+    exact = REWRITTEN * TOLERANCES[torch.float32]
+    tolerance = exact if calibration_images is None else sys.float_info.max
+    for inputs in (sample[:1], sample):
+        check_equivalent(network, lambda x: torch.from_numpy(exported(x.numpy())), inputs, tolerance)
+    with atomic_write(path) as file:
         file.write(data)
-        file.flush()
-        written = OnnxClassifier(file.name)
-        # An int8 network's values are its own, but as many as the model's and finite.
-        exact = REWRITTEN * TOLERANCES[torch.float32]
-        tolerance = exact if calibration_images is None else sys.float_info.max
-        for inputs in (sample[:1], sample):
-            check_equivalent(network, lambda x: torch.from_numpy(written(x.numpy())), inputs, tolerance)
 
 
 class OnnxClassifier:
     """Runs an exported file as a function of normalised images or, where the file says so, of uint8 ones.
 
     Args:
-        path: a file that `export_onnx` wrote.
+        source: a file that `export_onnx` wrote, or its content.
         threads: of ONNX Runtime, 0 for one per core.
 
     Attributes:
@@ -140,11 +143,12 @@ class OnnxClassifier:
         preprocessing: whether the file takes uint8 images (N, H, W, C).
     """
 
-    def __init__(self, path: str | Path, threads: int = 0):
+    def __init__(self, source: str | Path | bytes, threads: int = 0):
         runtime = _import_runtime()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = source if isinstance(source, bytes) else str(source)
+        self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         stored = self.session.get_modelmeta().custom_metadata_map
         self.metadata = {key: json.loads(value) for key, value in stored.items() if key in METADATA_KEYS}
         self.input = self.session.get_inputs()[0]

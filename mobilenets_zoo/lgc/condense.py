@@ -104,14 +104,17 @@ def _real(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Lets convolutions on a GPU compute in whole float32."""
+    """Lets convolutions and matrix products on a GPU compute in whole float32."""
     cudnn: Any = torch.backends.cudnn
-    # Where a user has set newer versions' settings, reading the old one raises.
+    # Where a user has set newer versions' settings, reading the old ones raises.
     new = hasattr(cudnn, "conv")
-    settings, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
+    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    settings = (cudnn.conv if new else cudnn, torch.backends.cuda.matmul)
+    before = [getattr(each, name) for each in settings]
     try:
+        for each in settings:
+            setattr(each, name, exact)
         yield
     finally:
-        setattr(settings, name, before)
+        for each, value in zip(settings, before, strict=True):
+            setattr(each, name, value)

@@ -120,7 +120,7 @@ class MobileNetBase(nn.Module):
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As PyTorch's; learned layers come in the form, masked or condensed, that this model has."""
-        return super().load_state_dict(checkpoint_filter_fn(dict(state_dict), self), *args, **kwargs)
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), *args, **kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
