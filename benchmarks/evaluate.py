@@ -2,10 +2,11 @@
 
     python benchmarks/evaluate.py benchmarks/runs/NAME.TAG/recipe.toml --run DIR --data DIR [--record | --bundle]
 
-DIR under --run is what benchmarks/train.py wrote. The weight is loaded as users load it, masked and condensed; both
-forms must agree. --record writes result, log and masks beside the recipe; --bundle also the package's weight and its
-row in the manifest. That file is NAME.safetensors for the model's default tag, NAME.TAG.safetensors for another; a
-weight whose place it takes goes to its own run's folder where a recipe starts from it.
+DIR under --run is what benchmarks/train.py wrote for this very recipe. The weight is loaded as users load it, masked
+and condensed; both forms must agree. --record writes result, log and masks beside the recipe; --bundle also the
+package's weight and its row in the manifest, if it wasn't trained with --holdout. That file is NAME.safetensors for the
+model's default tag, NAME.TAG.safetensors for another; a weight whose place it takes goes to its own run's folder where
+a recipe starts from it.
 """
 
 import argparse
@@ -160,11 +161,11 @@ def main(argv: list[str] | None = None) -> int:
         place, earlier = RUNS / recipe.name / "recipe.toml", RUNS / recipe.name / "result.json"
         if (args.record or args.bundle) and args.recipe.resolve() != place:
             raise ValueError(f"the recipe of a kept result lies at {place}; move {args.recipe} there")
+        if args.bundle and any(epoch["holdout_top1"] for epoch in read_log(args.run)):
+            raise ValueError(f"{args.run} was trained with --holdout, so on a part of the images: train it without")
         result = measure(recipe, args.run, args.data, args.device)
         scores = result["evaluation"]
         print(f"{recipe.name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
-        if args.bundle and any(epoch["holdout_top1"] for epoch in read_log(args.run)):
-            raise ValueError(f"{args.run} was trained with --holdout, so on a part of the images: train it without")
         if args.record or args.bundle:
             if earlier.exists() and json.loads(earlier.read_text())["sha256"] != result["sha256"]:
                 raise ValueError(f"{earlier} is of another weight; a new training needs a new tag")

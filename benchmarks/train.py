@@ -75,6 +75,8 @@ class Trainer:
     ):
         """`resumed` leaves out what `load` replaces anyway: the start from other weights."""
         self.recipe, self.holdout, self.device, self.out = recipes[0], holdout, device, out
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are those of the current one
         self.images = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         self.num_classes = len(data.classes)
@@ -240,7 +242,7 @@ class Trainer:
             if steps:
                 batches = (self.batch(plan, i, self.recipe.sizes[-1][1], taught=False)[0] for i in range(steps))
                 torch.optim.swa_utils.update_bn(batches, model)
-            mz.save_weights(model, student.weights)
+            mz.save_weights(model, student.out / "model.safetensors")
 
 
 class Graph:
@@ -312,11 +314,14 @@ def held_out(labels: np.ndarray, parts: int = 10, seed: int = 100) -> np.ndarray
 
 
 def knows_held_out(recipe: Recipe) -> bool:
-    """Returns whether the weights that the recipe starts from were trained on the images of `held_out`."""
+    """Returns whether the weights that the recipe starts from may have been trained on the images of `held_out`."""
     if not recipe.init_from or recipe.pretraining:
         return False
-    with open(RUNS / recipe.init_from / "log.csv", newline="") as file:
-        return not all(epoch["holdout_top1"] for epoch in csv.DictReader(file))
+    run = RUNS / recipe.init_from
+    if recipe.init_from in mz.manifest() or not (run / "log.csv").exists():
+        return run.exists()
+    with open(run / "log.csv", newline="") as file:
+        return not all(epoch.get("holdout_top1") for epoch in csv.DictReader(file))
 
 
 def train(args: argparse.Namespace) -> int:
@@ -331,26 +336,22 @@ def train(args: argparse.Namespace) -> int:
     if checkpoint.exists() and not args.resume:
         raise ValueError(f"{checkpoint} exists; add --resume to go on, or choose another --out")
 
-    if args.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, not {args.device}")
-    device = torch.device(args.device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # its streams and graphs are those of the current one
+    try:
+        device = torch.ones(1, device=args.device, dtype=torch.float64).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"--device {args.device} can't be used ({error}); choose cpu or cuda") from error
     data, holdout = mz.data.load_images(args.data, "train"), None
     labels = load_soft_labels(recipes[0], data) if recipes[0].soft_labels else None
     if args.holdout:
         if seen := sorted({recipe.init_from for recipe in recipes if knows_held_out(recipe)}):
-            remedy = "train its recipe with --holdout, and start from that run"
-            raise ValueError(f"--holdout: {seen[0]}, which init_from names, was trained on those images; {remedy}")
+            remedy = "train its recipe with --holdout under a tag of its own, and start from that"
+            raise ValueError(f"--holdout: {seen[0]}, which init_from names, may know those images; {remedy}")
         held = held_out(data.labels)
         data, holdout = data.subset(~held), data.subset(held)
         labels = labels.subset(~held) if labels is not None else None
     trainer = Trainer(recipes, data, labels, holdout, device, args.out, resumed=checkpoint.exists())
     if checkpoint.exists():
         trainer.load()
-    if trainer.step == trainer.total_steps and all(student.weights.exists() for student in trainer.students):
-        print(f"{args.out} is finished already")
-        return 0
     for student in trainer.students:
         student.out.mkdir(parents=True, exist_ok=True)
         if trainer.step < trainer.total_steps:  # else nothing is left to train on this machine

@@ -121,7 +121,8 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
     Args:
         source: what `load_images` takes, or a folder of images per class, with folders for training and testing above
             them or not. Without test images about a fifth of each class is held out for testing, by a hash of the
-            images' names, of the pixels in Parquet files, so that it doesn't change when others are added.
+            images' names, of the pixels in Parquet files. But in classes of a few images, those held out stay so when
+            others are added.
         split: "train" or "test".
         model: has timm's `pretrained_cfg`.
         track: wraps what is read, to show progress.
@@ -130,8 +131,7 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         Images of the model's input size, uint8 (N, height, width, 3).
 
     Raises:
-        ValueError: no such data, an image that can't be read, or training images asked for of what is named as test
-            images.
+        ValueError: no such data, an image that can't be read, or test images alone where training ones are asked for.
     """
     root = Path(source)
     if not os.path.exists(root) and str(source) not in HUB_DATASETS:
@@ -148,9 +148,11 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
     else:
         parts = {path.name.lower(): path for path in _visible(root) if any(map(Path.is_dir, _visible(path)))}
         found = {key: next((parts[name] for name in names if name in parts), None) for key, names in SPLITS.items()}
-        tests_alone = not found["train"] and bool(found["test"] or root.resolve().name.lower() in SPLITS["test"])
+        named_test = os.path.basename(os.path.abspath(root)).lower() in SPLITS["test"]
+        tests_alone = not found["train"] and (named_test or found["test"] is not None)
         divided = tests_alone or found["test"] is not None
-        folders = [path for path in _visible(found[split if divided else "train"] or root) if path.is_dir()]
+        top = found[split if divided else "train"] or root
+        folders = [path for path in _visible(top) if path.is_dir()]
         inside = [[path for path in _visible(folder, "**/*") if not path.is_dir()] for folder in folders]
         if unread := [path for paths in inside for path in paths if path.suffix.lower() in UNREADABLE]:
             raise ValueError(f"{unread[0]}: {unread[0].suffix} can't be read; make it a JPEG or move it away")
@@ -162,9 +164,11 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         images, classes = [path for paths in files for path in paths], tuple(folder.name for folder in folders)
         labels = np.repeat(np.arange(len(files), dtype=np.int64), list(map(len, files)))
     if tests_alone and split == "train":
-        raise ValueError(f"{source}: holds test images alone, by its name; rename it, or give the folder above it")
+        remedy = "put training images into a folder named train beside it, or rename it"
+        raise ValueError(f"{source}: what is named as test images is all there is; {remedy}")
     if not divided:
-        names = [image.name.encode() if isinstance(image, Path) else image.tobytes() for image in images]
+        paths = isinstance(images[0], Path)
+        names = [os.fsencode(x.relative_to(top).as_posix()) if paths else x.tobytes() for x in images]
         chosen = np.flatnonzero(_held_out(names, labels) == (split == "test"))
         if not len(chosen):
             raise ValueError(f"{source}: at least two images of a class are needed, one to train and one to test with")
@@ -184,8 +188,8 @@ def _held_out(names: list[bytes], labels: np.ndarray) -> np.ndarray:
     held = values < 2**48 // 5
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        held[members[values[members].argmax()]] = False
-        held[members[values[members].argmin()]] = True  # last, for a class of one image
+        members = members[values[members].argsort(kind="stable")]
+        held[members[-1]], held[members[0]] = False, True  # in this order, for a class of one image
     return held
 
 

@@ -285,7 +285,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
                 expanded = expand_weight(weight, state_dict.pop(f"{name}.index"), layer.groups, layer.in_channels)
                 state_dict[f"{name}.weight"], state_dict[f"{name}.mask"] = expanded
             elif weight.shape == layer.weight.shape:
-                state_dict.setdefault(f"{name}.mask", layer.mask.to(weight.device))
+                mask = torch.ones_like(layer.mask, device=weight.device) if layer.mask.is_meta else layer.mask
+                state_dict.setdefault(f"{name}.mask", mask.to(weight.device))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: the checkpoint's weight doesn't fit its mask or index: {error}") from error
     return state_dict

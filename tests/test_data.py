@@ -255,6 +255,8 @@ def test_a_class_of_one_or_two_images_has_one_to_test_with(tmp_path):
     model = timm.create_model("mobilenetv1_w025_cifar100")
     photos(tmp_path, ["a/1.png", "b/1.png", "b/2.png"])
     assert [read_split(tmp_path, split, model).labels.tolist() for split in ("train", "test")] == [[1], [0, 1]]
+    write_parquet(tmp_path / "alike.parquet", [3, 3, 3])
+    assert all(len(read_split(tmp_path / "alike.parquet", split, model)) for split in ("train", "test"))
 
 
 @pytest.mark.parametrize("place", ["test", "photos/test", "photos/Validation"])
@@ -265,7 +267,7 @@ def test_images_named_as_test_images_are_all_for_testing(tmp_path, place):
     write_parquet(tmp_path / "test-0.parquet", range(6))
     for source in (*sources, tmp_path / "test-0.parquet"):
         assert len(read_split(source, "test", model)) == 6
-        with pytest.raises(ValueError, match="holds test images alone, by its name; rename it"):
+        with pytest.raises(ValueError, match="what is named as test images is all there is; put"):
             read_split(source, "train", model)
 
 

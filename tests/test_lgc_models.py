@@ -98,6 +98,9 @@ def test_a_dense_checkpoint_starts_a_learned_network():
     learned = timm.create_model("mobilenetv2_lgc_cifar100").eval()
     learned.load_state_dict(dense.state_dict())
     mz.check_equivalent(dense, learned, torch.randn(2, 3, 32, 32))
+    empty = timm.create_model("mobilenetv2_lgc_cifar100", device="meta").eval()
+    empty.load_state_dict(dense.state_dict(), assign=True)
+    mz.check_equivalent(dense, empty, torch.randn(2, 3, 32, 32))
 
 
 def test_parameters_alone_leave_masks_as_they_are():

@@ -41,7 +41,6 @@ class Student:
         model: the network that takes steps; some of its layers compute in a way that suits the device.
         average: its `module` is what the training leaves: a plain network with the average of the weights, or with the
             last ones where the recipe has no average.
-        weights: the file that they go to at the end.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Student:
         `resumed` leaves out the start from other weights, which `load_state_dict` would replace.
         """
         self.recipe, self.out, self.total_steps = recipe, out, total_steps
-        self.weights = out / "model.safetensors"
         torch.manual_seed(recipe.seed)
         try:
             model = timm.create_model(recipe.model, **{**recipe.model_args, "num_classes": num_classes})

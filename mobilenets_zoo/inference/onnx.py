@@ -62,7 +62,7 @@ def export_onnx(
     The form of the model is kept: a masked learned group convolution becomes a dense one, a condensed one a gather and
     a grouped convolution. What `optimize_for_inference` returns is mostly the faster file; for int8, mostly what it
     returns with `dense=True` (docs/condensing.md has all forms and says where not). The file runs in ONNX Runtime, and
-    its outputs are compared with the model's, before it is renamed to `path`; the model stays as it was.
+    its outputs are compared with the model's, before anything is written; the model stays as it was.
 
     Metadata: `class_names`, `mean`, `std`, `input_size` and `interpolation` as JSON, `model`, `version`.
 
@@ -77,9 +77,10 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxruntime or onnxscript is missing, or torch is too old.
-        ValueError: the outputs in ONNX Runtime differ, a learned layer has forward hooks, the input size isn't known or
-            doesn't fit the images, these aren't uint8, preprocessing or calibration needs a mean and a standard
-            deviation that the model doesn't name, or probabilities are asked of fewer than two classes.
+        ValueError: ONNX Runtime refuses the network, or its outputs differ there, a learned layer has forward hooks,
+            the input size isn't known or doesn't fit the images, these aren't uint8, preprocessing or calibration needs
+            a mean and a standard deviation that the model doesn't name, or probabilities are asked of fewer than two
+            classes.
         OSError: the file can't be written.
     """
     _import_runtime()

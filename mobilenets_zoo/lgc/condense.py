@@ -56,8 +56,8 @@ def check_equivalent(
 ) -> float:
     """Compares two models' outputs, a tensor or a list or dict of them; what else is in it doesn't count.
 
-    Both run without gradients and in the mode they are in; running statistics stay untouched. On a GPU convolutions
-    don't round to TF32 meanwhile.
+    Both run without gradients and in the mode they are in; running statistics stay untouched. On a GPU nothing rounds
+    to TF32 meanwhile, before torch 2.9 no convolution.
 
     Args:
         a: the reference, a model or another function.
@@ -104,12 +104,12 @@ def _real(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Lets convolutions and matrix products on a GPU compute in whole float32."""
+    """Lets convolutions on a GPU compute in whole float32, from torch 2.9 on matrix products, too."""
     cudnn: Any = torch.backends.cudnn
-    # Where a user has set newer versions' settings, reading the old ones raises.
+    # Where a user has set newer versions' settings, reading the old one raises.
     new = hasattr(cudnn, "conv")
     name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
-    settings = (cudnn.conv if new else cudnn, torch.backends.cuda.matmul)
+    settings: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul) if new else (cudnn,)
     before = [getattr(each, name) for each in settings]
     try:
         for each in settings:
