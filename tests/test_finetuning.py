@@ -71,10 +71,11 @@ def test_the_command_writes_what_the_library_reads(folder, tmp_path, run):
     out = tmp_path / "out"
     code, text, err = run("finetune", W025, "--data", folder, "--out", out, "--epochs", 2, "--batch-size", 5)
     assert code == 0, err
-    assert "top-1 100.0 % of 2 held-out images" in text
     assert "epoch 2/2: loss" in err
     result = json.loads((out / "result.json").read_text())
-    assert (result["train_images"], result["finished"], len(result["history"])) == (10, True, 2)
+    held_out = result["evaluation"]["images"]
+    assert f"top-1 100.0 % of {held_out} held-out images" in text
+    assert (result["train_images"] + held_out, result["finished"], len(result["history"])) == (12, True, 2)
     assert not (out / "checkpoint.pt").exists()
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert list(model.pretrained_cfg["label_names"]) == ["blue", "red"]
@@ -391,7 +392,7 @@ def test_what_was_trained_with_is_what_is_measured_with(tmp_path, run, monkeypat
     assert f"top-1 {json.loads(measured)['top1']:.1f} % of {json.loads(measured)['images']} held-out" in text
     code, text, err = run("export", f"local-dir:{out}", tmp_path / "model.onnx", "--int8", "--data", photos)
     assert code == 0, err
-    assert "on the 2 test images" in text
+    assert f"on the {json.loads(measured)['images']} test images" in text
     picture(1, 99).save(tmp_path / "red.png")
     assert "red[b]" in run("predict", tmp_path / "red.png", "--model", f"local-dir:{out}")[1]
     (photos / "red[b]").rename(photos / "zed")
