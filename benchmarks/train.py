@@ -75,7 +75,7 @@ class Trainer:
     ):
         """`resumed` leaves out what `load` replaces anyway: the start from other weights."""
         self.recipe, self.holdout, self.device, self.out = recipes[0], holdout, device, out
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # streams and graphs are those of the current one
         self.images = torch.from_numpy(data.images).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
