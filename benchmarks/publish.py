@@ -94,6 +94,7 @@ def model_card(entry: WeightEntry, namespace: str) -> str:
         for epoch in epochs[(len(epochs) - 1) % step :: step]
     ]
     repo = f"{namespace}/{entry.model}"
+    start, together = result["recipe"]["init_from"], result["training"].get("together", 1)
     kinds = {"learned" if "lgc" in entry.model else "plain", "taught" if entry.taught_by else "untaught"}
     part = re.compile(r"<!-- only (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
     template = part.sub(lambda match: match[2] if match[1] in kinds else "", CARD.read_text(encoding="utf-8"))
@@ -110,6 +111,8 @@ def model_card(entry: WeightEntry, namespace: str) -> str:
         ece=f"{result['evaluation']['ece']:.1f}",
         teacher=(entry.taught_by or "").partition(",")[0],
         epochs=result["recipe"]["epochs"],
+        start=f" from the weights `{start}`" if start else "",
+        together=f" for {together} networks at once" if together > 1 else "",
         minutes=f"{result['training_seconds'] / 60:.0f}",
         device=result["training"]["device"],
         seed=result["seed"],

@@ -189,6 +189,10 @@ def test_the_card_says_what_a_visitor_needs(entry, folders):
     assert ("condensed=False" in card.text) == (entry == LEARNED)
     assert ("Apache" in card.text) == (entry.taught_by is not None)
     assert (entry.taught_by or "CIFAR-100 alone") in card.text
+    result = json.loads((ROOT / entry.result).read_text())
+    assert ("from the weights `" in card.text) == bool(result["recipe"]["init_from"])
+    assert result["recipe"]["init_from"] in card.text
+    assert ("networks at once" in card.text) == (result["training"].get("together", 1) > 1)
     assert "<!--" not in card.text
     assert "$" not in card.text
 
