@@ -6,6 +6,7 @@ A module beside the package, because importing the package imports torch, which 
 import contextlib
 import difflib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -60,6 +61,9 @@ class InputError(click.ClickException):
 
 def main() -> None:
     """Runs the command line; bad input ends with one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what a pipe's encoding lacks, on Windows above all
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.exceptions.Abort:
@@ -198,6 +202,9 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
             model(pixels)  # the first pass prepares kernels and would be all that is timed
             start = time.perf_counter()
             probabilities = model(pixels).softmax(1)[0]
+        if not probabilities.isfinite().all():
+            results.append({"image": image, "error": f"{_printable(image)}: the network's outputs aren't finite"})
+            continue
         milliseconds = round(1000.0 * (time.perf_counter() - start), 2)
         best = probabilities.topk(min(top, len(classes)))
         predictions = [

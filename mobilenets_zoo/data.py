@@ -152,6 +152,13 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         tests_alone = not found["train"] and (named_test or found["test"] is not None)
         divided = tests_alone or found["test"] is not None
         top = found[split if divided else "train"] or root
+        kept = {name for names in SPLITS.values() for name in names}
+        for path in _visible(root) if top != root else []:
+            if path.name.lower() not in kept and any(f.suffix.lower() in EXTENSIONS for f in path.rglob("*")):
+                raise ValueError(
+                    f"{path}: holds images beside {top.name}, which would be left out; move it away, or, if both are "
+                    f"classes, all of them into a new folder named train"
+                )
         folders = [path for path in _visible(top) if path.is_dir()]
         inside = [[path for path in _visible(folder, "**/*") if not path.is_dir()] for folder in folders]
         if unread := [path for paths in inside for path in paths if path.suffix.lower() in UNREADABLE]:
@@ -194,8 +201,10 @@ def _held_out(names: list[bytes], labels: np.ndarray) -> np.ndarray:
 
 
 def _visible(folder: Path, pattern: str = "*") -> list[Path]:
-    paths = sorted(folder.glob(pattern))
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    # In the order of the names on every system: paths of Windows ignore case.
+    paths = sorted(folder.glob(pattern), key=lambda path: path.relative_to(folder).parts)
+    hidden = (".", "__MACOSX")  # the latter in archives that were packed on a Mac
+    return [path for path in paths if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
 
 
 def _download(repo: str, split: str) -> list[Path]:
@@ -280,8 +289,9 @@ def read_image(content: bytes | str | Path, name: str = "") -> Image.Image:
             raise ValueError(f"{name}: {error.strerror or error}; give a file that can be read") from error
     image = _decode(content, name)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image)  # greys of more than 8 bits; anything wider than 16 is clipped
-        scale = 255.0 if image.mode == "F" and values.max() <= 1.0 else 255.0 / 65535.0
+        values = np.nan_to_num(np.asarray(image))  # greys of more than 8 bits; anything wider than 16 is clipped
+        largest = next((most for most in (1.0, 255.0) if image.mode == "F" and values.max() <= most), 65535.0)
+        scale = 255.0 / largest
         rows = [(row.clip(0, None) * scale).clip(0, 255).round().astype(np.uint8) for row in values]
         image = Image.fromarray(np.stack(rows))
     if max(image.size) > LARGE_SIDE:

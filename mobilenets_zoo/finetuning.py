@@ -48,6 +48,7 @@ SHOWN_IMAGES = 10_000  # by default, over all epochs: minutes on a CPU
 # How much of the start is in the average at the end. What lies between start and last weights is better than either
 # (Wortsman et al., arXiv 2109.01903): by up to a point with 100 CIFAR-10 images a class.
 START_SHARE = 0.1
+OLDEST_TIMM = (1, 0, 31)  # which records a model's arguments in its config.json
 PARTS = ("model", "average", "optimizer")  # of a run, in its checkpoint
 WRITTEN = ("checkpoint.pt", "model.safetensors", "config.json", "result.json", "model.onnx")
 
@@ -70,6 +71,9 @@ class Settings:
         if not 0 < (1.0 if self.lr is None else self.lr) < math.inf or not 0 < self.layer_decay <= 1:
             values = f"lr={self.lr} and layer_decay={self.layer_decay}"
             raise ValueError(f"lr must be finite and above 0, layer_decay above 0 and at most 1, not {values}")
+        if min(1 if value is None else value for value in (self.epochs, self.batch_size, self.size)) < 1:
+            values = f"epochs={self.epochs}, batch_size={self.batch_size} and size={self.size}"
+            raise ValueError(f"epochs, batch_size and size must be 1 or larger, not {values}")
 
 
 def finetune(
@@ -94,10 +98,12 @@ def finetune(
         What result.json holds; `finished` is False after an interruption.
 
     Raises:
-        ValueError: bad input, or a loss that diverges.
+        ValueError: bad input, a timm that is too old, or a loss that diverges.
         RuntimeError: no such network or device, or weights that are missing or altered.
         OSError: a file can't be read or written.
     """
+    if tuple(map(int, timm.__version__.split(".")[:3])) < OLDEST_TIMM:
+        raise ValueError(f"fine-tuning needs timm 1.0.31 or newer, this is {timm.__version__}; run pip install -U timm")
     if out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies in the folder of the images; choose another one for --out")
     if out.exists() and not out.is_dir():
@@ -113,6 +119,8 @@ def finetune(
 
     start = time.perf_counter()
     model = create(name, settings)
+    with tempfile.TemporaryDirectory() as folder:  # raises where the result couldn't be stored
+        mz.save_weights(model, Path(folder) / "model.safetensors")
     read = partial(progress.track, description="read images")
     train_set, test_set = (read_split(source, split, model, read) for split in ("train", "test"))
     if one_sided := set(train_set.classes) ^ set(test_set.classes):
@@ -157,13 +165,13 @@ def finetune(
     if finished:  # what is measured is what was stored
         stored = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         task = progress.add_task("measure", total=len(test_set))
-        scores = evaluate(stored, test_set, on_progress=lambda done: progress.update(task, completed=done))
+        scores = evaluate(stored.to(device), test_set, on_progress=lambda done: progress.update(task, completed=done))
         result |= {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
     write_json(out / "result.json", result)
     if finished:
         task = progress.add_task("export", total=1)
         try:
-            network = mz.optimize_for_inference(stored) if isinstance(stored, MobileNetBase) else stored
+            network = mz.optimize_for_inference(stored.cpu()) if isinstance(stored, MobileNetBase) else stored
             mz.export_onnx(network, out / "model.onnx", preprocessing=True)
         except (ImportError, ValueError, RuntimeError) as error:  # somebody else's network may not be exportable
             progress.console.print(f"model.onnx isn't written: {error}", **plain)
@@ -193,11 +201,15 @@ def create(name: str, settings: Settings) -> Any:
     if not isinstance(classifier, nn.Linear) or classifier.bias is None:
         raise ValueError(f"{name}: its classifier isn't one linear layer with a bias; give another network")
     size = (3, settings.size or height, settings.size or width)
+    black = torch.zeros(1, *size)
     try:
         with eval_mode(model), torch.no_grad():
-            model(torch.zeros(1, *size))
+            logits = model(black)
+            alone = classifier(model.forward_head(model.forward_features(black), pre_logits=True))
     except Exception as error:  # an AssertionError of networks with a fixed size, others of too small ones
         raise ValueError(f"{name} can't take images of {size[1]}x{size[2]} pixels: {error}; change --size") from error
+    if logits.shape != alone.shape or not torch.allclose(logits, alone, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"{name}: more than its classifier makes its outputs; give another network")
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size, tag="finetuned")
     for layer in mz.learned_layers(model).values():  # a finished mask stays as it is
         layer.prune_(layer.in_channels // layer.condense_factor)

@@ -22,16 +22,18 @@ def normalise_(model: nn.Module) -> nn.Module:
     """Scales each output channel of a convolution that BatchNorm follows to weights of a norm near 1, in place.
 
     Scales are powers of two, so that no weight is rounded, and norms lie between 0.7 and 1.42. BatchNorm's mean and
-    variance are scaled alike: outputs in eval mode stay equal up to rounding of the variance. Convolutions are found in
-    modules that hold `conv` and a BatchNorm `bn` and nothing else, as all of the zoo's do; plain, masked and condensed,
-    not those that compute their weights. Channels whose variance doesn't exceed BatchNorm's epsilon stay: they hold
-    next to nothing, and in training mode another scale would wake them.
+    variance are scaled alike: outputs in eval mode stay equal up to rounding of the variance. It is done for the zoo's
+    `ConvBn` alone, since in others' modules something may lie between the two; plain, masked and condensed, not where
+    weights are computed. Channels whose variance doesn't exceed BatchNorm's epsilon stay: they hold next to nothing,
+    and in training mode another scale would wake them.
 
     Returns:
         `model`.
     """
+    from mobilenets_zoo.models._base import ConvBn  # which needs this module
+
     for module in model.modules():
-        if [name for name, _ in module.named_children()] != ["conv", "bn"]:
+        if not isinstance(module, ConvBn):
             continue
         conv: Any = module.conv
         bn: Any = module.bn

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import secrets
@@ -26,9 +27,11 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
         **kwargs: passed to `open`.
 
     Raises:
-        OSError: the folder can't be written; nothing is left behind.
+        OSError: no such folder, or it can't be written; nothing is left behind.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     # Made by open, not by tempfile: readable by whom the process's umask says.
     opened = open(temporary, mode.replace("w", "x"), **kwargs)  # noqa: SIM115 - closed below

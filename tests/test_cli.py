@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from conftest import ALL_MODELS, ROOT, with_random_masks
 from PIL import Image
 from rich.console import Console
@@ -197,6 +198,16 @@ def test_closed_and_full_streams_are_one_line(command, message):
     assert message in one_line_error(result.stderr)
 
 
+def test_names_reach_a_pipe_of_another_encoding(tmp_path, photo):
+    path = tmp_path / "\u65e5\u672c.png"
+    path.write_bytes(photo.read_bytes())
+    command = [sys.executable, "-m", "mobilenets_zoo", "predict", "--model", "mobilenetv1_w025_cifar100", str(path)]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\\u65e5\\u672c.png" in result.stdout
+
+
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_what_needs_no_torch_does_not_wait_for_it(option):
     program = f"""
@@ -272,17 +283,17 @@ def test_predict_takes_any_size_and_format(run, tmp_path):
     assert [len(result["predictions"]) for result in json.loads(out)["images"]] == [5] * 4
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16", "I", "YCbCr"])
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"])
 def test_predict_takes_any_colour_mode(run, tmp_path, photo, mode):
     grey = Image.open(photo).convert("L")
-    path = tmp_path / f"image.{'tiff' if mode in ('CMYK', 'I', 'YCbCr') else 'png'}"
+    path = tmp_path / f"image.{'tiff' if mode in ('CMYK', 'I', 'F', 'YCbCr') else 'png'}"
     if mode in ("I;16", "I"):
         values = np.asarray(grey).astype(np.uint16) * 257
         Image.fromarray(values if mode == "I;16" else values.astype(np.int32)).save(path)
     else:
-        (grey if mode in ("L", "LA", "1") else Image.open(photo)).convert(mode).save(path)
+        (grey if mode in ("L", "LA", "1", "F") else Image.open(photo)).convert(mode).save(path)
     rows = top(run, path)
-    if mode in ("L", "LA", "I;16", "I"):  # the same grey picture
+    if mode in ("L", "LA", "I;16", "I", "F"):  # the same grey picture
         grey.save(tmp_path / "grey.png")
         assert rows == top(run, tmp_path / "grey.png")
     assert len(rows) == 5
@@ -321,6 +332,17 @@ def test_a_broken_file_among_several(run, tmp_path, photo, as_json):
         assert ["error" in result for result in json.loads(out)["images"]] == [False, True, True, True, False]
     else:
         assert out.count("photo.png") == 2
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_outputs_that_are_not_finite_are_an_error(run, tmp_path, photo, as_json):
+    model = timm.create_model("mobilenetv1_w025_cifar100", num_classes=2)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    cfg = {"label_names": ["cat", "dog"]}
+    timm.models.save_for_hf(model, tmp_path / "broken", model_config=cfg, safe_serialization=True)
+    options = ["--json"] if as_json else []
+    code, _, err = run("predict", photo, "--model", f"local-dir:{tmp_path / 'broken'}", *options)
+    assert (code, "outputs aren't finite" in one_line_error(err)) == (2, True)
 
 
 def test_endless_standard_input_is_one_line(run, monkeypatch):

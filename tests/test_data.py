@@ -168,6 +168,17 @@ def test_long_names_of_any_script_are_written(tmp_path):
     assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
 
 
+def test_a_link_stays_and_a_missing_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with atomic_write(tmp_path / "link", "w") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    with pytest.raises(FileNotFoundError, match=r"No such folder: '.*none'"), atomic_write(tmp_path / "none" / "file"):
+        pass
+
+
 @pytest.mark.parametrize("metadata", ["null", "[]", "3", '{"info": null}', '{"info": {"features": []}}'])
 def test_metadata_of_other_shapes_names_no_classes(tmp_path, metadata):
     pq.write_table(table(metadata=metadata), tmp_path / "test-00000-of-00001.parquet")

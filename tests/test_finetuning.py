@@ -169,6 +169,11 @@ def test_train_may_be_a_class(tmp_path):
     (tmp_path / "red").rename(tmp_path / "train")
     train, _ = read(tmp_path)
     assert train.classes == ("blue", "train")
+    (tmp_path / "train").rename(tmp_path / "nested")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "nested").rename(tmp_path / "train" / "nested")
+    with pytest.raises(ValueError, match="blue: holds images beside train, which would be left out; move it away"):
+        read(tmp_path)
 
 
 def test_every_format_is_read_and_nothing_hidden(folder):
@@ -176,8 +181,9 @@ def test_every_format_is_read_and_nothing_hidden(folder):
     picture(0, 8).save(folder / "blue" / ".hidden.png")
     (folder / "blue" / "notes.txt").write_text("not an image")
     (folder / "blue" / "folder.png").mkdir()
-    (folder / ".thumbnails").mkdir()
-    picture(0, 9).save(folder / ".thumbnails" / "0.png")
+    for name in (".thumbnails", "__MACOSX"):
+        (folder / name).mkdir()
+        picture(0, 9).save(folder / name / "0.png")
     train, test = read(folder)
     assert (train.classes, len(train) + len(test)) == (("blue", "red"), 13)
     (folder / "blue" / "phone.HEIC").write_text("not read, and not left out without a word")
@@ -433,6 +439,29 @@ def test_a_network_with_another_classifier_is_refused(tmp_path):
     timm.models.save_for_hf(timm.create_model("resnetv2_18", num_classes=3), tmp_path, safe_serialization=True)
     with pytest.raises(ValueError, match="isn't one linear layer"):
         finetuning.create(f"local-dir:{tmp_path}", Settings())
+    with pytest.raises(ValueError, match="more than its classifier makes its outputs"):  # an auxiliary head
+        finetuning.create("volo_d1_224", Settings(scratch=True))
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"size": -3}])
+def test_settings_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="must be 1 or larger"):
+        Settings(**wrong)
+
+
+def test_what_cannot_be_stored_is_not_trained(folder, tmp_path, run, monkeypatch):
+    def tied(*args):
+        model = create(*args)
+        model.stem.bn.bias = model.stem.bn.weight
+        return model
+
+    create = finetuning.create
+    monkeypatch.setattr(finetuning, "create", tied)
+    monkeypatch.setattr(finetuning, "Run", None)
+    code, _, err = run("finetune", W025, "--data", folder, "--out", tmp_path / "out")
+    assert (code, "share memory" in err) == (2, True)
+    monkeypatch.setattr(timm, "__version__", "1.0.21")
+    assert "needs timm 1.0.31 or newer, this is 1.0.21" in run("finetune", W025, "--data", folder, "--out", "out")[2]
 
 
 def test_sigterm_saves_what_was_learned(folder, tmp_path, run, monkeypatch):

@@ -143,6 +143,14 @@ def test_check_equivalent_reports_the_largest_error():
     assert mz.check_equivalent(in_place, lambda x: (in_place(x), None), x) == 0
     assert torch.equal(x, before)
     assert mz.check_equivalent(torch.argsort, torch.argsort, x) == 0
+    beyond = torch.tensor([float("-inf"), 1.0])
+    assert mz.check_equivalent(lambda x: [x, x[:0]], lambda x: [x, x[:0]], beyond) == 0  # an empty one, too
+    with pytest.raises(ValueError, match="the largest error is inf"):
+        mz.check_equivalent(lambda x: x, lambda x: x.abs(), beyond)
+    seen = []
+    with torch.autocast("cpu"):
+        mz.check_equivalent(lambda x: seen.append(torch.is_autocast_enabled("cpu")) or x, lambda x: x, x)
+        assert (seen, torch.is_autocast_enabled("cpu")) == ([False], True)
     with pytest.raises(ValueError, match="not equivalent"):
         mz.check_equivalent(torch.fft.fft, lambda x: torch.fft.fft(x) + 1j, x)
     with pytest.raises(ValueError, match="not equivalent"):
@@ -410,8 +418,21 @@ def test_nothing_to_convert():
         mz.to_learned_group_conv(nn.Conv2d(8, 8, 1), groups=0)
     with pytest.raises(ValueError, match="its block merges weights"):  # and knows no mask
         mz.to_learned_group_conv(timm.create_model("repvgg_a0", num_classes=10))
+    hooked = nn.Conv2d(8, 8, 1)
+    hooked.register_full_backward_hook(lambda module, above, below: None)
+    with pytest.raises(ValueError, match="it has hooks"):
+        mz.to_learned_group_conv(hooked, input_size=(8, 9, 9))
     merged = timm.utils.reparameterize_model(timm.create_model("mobileone_s0", num_classes=10))
     assert mz.to_learned_group_conv(merged)[1].converted
+
+
+def test_timm_merges_nothing_that_was_converted():
+    learned, report = mz.to_learned_group_conv(timm.create_model("efficientvit_m0", num_classes=10).eval())
+    assert any("merges weights" in reason for reason in report.left.values())
+    for layer in mz.learned_layers(learned).values():
+        layer.prune_(layer.in_channels // layer.condense_factor)
+    merged = timm.utils.reparameterize_model(mz.condense(learned))
+    mz.check_equivalent(learned, merged, torch.randn(1, 3, 224, 224), tolerance=1e-4)
 
 
 def test_macs_are_counted_with_the_channels_that_a_network_takes():

@@ -114,6 +114,17 @@ def test_what_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_runtime_cannot_run_is_not_written(tmp_path):
+    class Pairs(nn.Module):
+        def forward(self, x):
+            return x.reshape(2, -1) if x.shape[0] == 2 else x.flatten(1)
+
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match="ONNX Runtime refuses Sequential: "):
+        mz.export_onnx(nn.Sequential(nn.Conv2d(8, 8, 1), Pairs()), path, input_size=(8, 4, 4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="names no input size"):
         mz.export_onnx(nn.Conv2d(3, 4, 1), "x.onnx")
@@ -122,7 +133,7 @@ def test_bad_arguments():
             mz.export_onnx(lively(WEIGHTS), "x.onnx", calibration_images=images)
     hooked = mz.LearnedGroupConv2d(8, 8)
     hooked.register_forward_hook(lambda module, args, output: output + 1)
-    with pytest.raises(ValueError, match="forward hooks, which would be lost"):
+    with pytest.raises(ValueError, match="hooks, which would be lost"):
         mz.export_onnx(hooked, "x.onnx", input_size=(8, 4, 4))
     with pytest.raises(ValueError, match="need two classes or more, the model has 1"):
         mz.export_onnx(timm.create_model(WEIGHTS, num_classes=1), "x.onnx", preprocessing=True)

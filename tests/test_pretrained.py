@@ -19,6 +19,7 @@ from conftest import ALL_MODELS, LGC_MODELS, ROOT, with_lively_statistics, with_
 
 import mobilenets_zoo as mz
 from mobilenets_zoo import pretrained
+from mobilenets_zoo.models._base import ConvBn
 from mobilenets_zoo.normalisation import normalise_
 
 ENTRIES = list(pretrained.manifest().values())
@@ -126,9 +127,24 @@ def test_normalising_changes_no_output(options, dtype):
     ],
 )
 def test_what_cannot_be_normalised_stays(conv, norm):
-    module = torch.nn.ModuleDict({"conv": conv, "bn": norm})
+    module = ConvBn(conv, 4)
+    module.bn = norm
     before = copy.deepcopy(module.state_dict())
     assert all(torch.equal(before[key], value) for key, value in normalise_(module).state_dict().items())
+
+
+def test_modules_of_others_are_not_normalised():
+    class Before(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.conv(self.bn(x))
+
+    module = Before().eval()
+    module.bn.running_mean.uniform_()
+    mz.check_equivalent(module, normalise_(copy.deepcopy(module)), torch.randn(2, 4, 3, 3))
 
 
 @pytest.mark.parametrize("name", [SMALL.name, "mobilenetv1_w025_cifar100.sgd_e36_r32", "mobilenetv2_lgc_cifar100"])

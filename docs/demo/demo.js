@@ -1,5 +1,5 @@
 // Classifies pictures with ONNX Runtime. networks.json, from benchmarks/build_demo.py, names all that is fetched.
-const MAX_PIXELS = 50e6, MAX_BYTES = 64 * 2 ** 20, LARGE_SIDE = 1024; // as in mobilenets_zoo/data.py and cli.py
+const MAX_PIXELS = 50e6, MAX_BYTES = 64 * 2 ** 20, LARGE_SIDE = 1024; // as in data.py and mobilenets_zoo_cli.py
 const RUNS = 10, WARM_UP_MS = 500; // a browser runs code slowly until it has compiled it well
 const files = new Map(), received = new Map(), runtimes = new Map(), sessions = new Map(), measured = new Map();
 let catalogue, pixels, asked = 0, turn = 0, queue = Promise.resolve(); // asked: of pictures; turn: of answers
@@ -129,7 +129,7 @@ async function startRuntime(backend) {
 function classify() {
   if (!pixels) return;
   const mine = ++turn, backend = $("backend").value, chosen = [$("network").value, $("other").value].filter(Boolean);
-  const networks = chosen.map((file) => catalogue.networks.find((network) => network.file === file));
+  const networks = [...new Set(chosen)].map((file) => catalogue.networks.find((network) => network.file === file));
   const wanted = [catalogue.runtime[backend].wasm, ...networks], bar = $("progress");
   const left = () => wanted.reduce((sum, { file, bytes }) => sum + bytes - (received.get(file) ?? 0), 0);
   const total = left();

@@ -77,7 +77,7 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxruntime or onnxscript is missing, or torch is too old.
-        ValueError: ONNX Runtime refuses the network, or its outputs differ there, a learned layer has forward hooks,
+        ValueError: ONNX Runtime refuses the network, or its outputs differ there, a learned layer has hooks,
             the input size isn't known or doesn't fit the images, these aren't uint8, preprocessing or calibration needs
             a mean and a standard deviation that the model doesn't name, or probabilities are asked of fewer than two
             classes.
@@ -119,15 +119,17 @@ def export_onnx(
         feeds = calibration_images if preprocessing else _normalised(calibration_images, mean, std)
         with tempfile.TemporaryDirectory() as folder:
             data = _quantized(data, Path(folder), feeds)
-    try:
-        exported = OnnxClassifier(data)
-    except Exception as error:  # ONNX Runtime's have no class in common but this
-        raise ValueError(f"ONNX Runtime refuses {type(model).__name__}: {error}") from error
     # An int8 network's values are its own, but as many as the model's and finite.
     exact = REWRITTEN * TOLERANCES[torch.float32]
     tolerance = exact if calibration_images is None else sys.float_info.max
-    for inputs in (sample[:1], sample):
-        check_equivalent(network, lambda x: torch.from_numpy(exported(x.numpy())), inputs, tolerance)
+    try:
+        exported = OnnxClassifier(data)
+        for inputs in (sample[:1], sample):
+            check_equivalent(network, lambda x: torch.from_numpy(exported(x.numpy())), inputs, tolerance)
+    except ValueError:
+        raise
+    except Exception as error:  # ONNX Runtime's have no class in common but this
+        raise ValueError(f"ONNX Runtime refuses {type(model).__name__}: {error}") from error
     with atomic_write(path) as file:
         file.write(data)
 

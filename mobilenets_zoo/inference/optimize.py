@@ -118,7 +118,7 @@ def optimize_for_inference(
     Raises:
         ValueError: what `condense` raises, another network that torch.fx can't trace or that names no input size, one
             of the zoo with something else in place of a convolution or a BatchNorm, convolutions to rewrite that have
-            forward hooks, or outputs that differ by more than 1e-4 (float32, and the zoo's in half precision, which are
+            hooks, or outputs that differ by more than 1e-4 (float32, and the zoo's in half precision, which are
             rewritten in float32), 1e-11 (float64), or another network's 0.1 (float16) or 0.5 (bfloat16) of their scale.
     """
     zoo = isinstance(model, MobileNetBase)

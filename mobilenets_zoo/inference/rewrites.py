@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mobilenets_zoo.lgc.gather import ONNX_MIN_SAVED, gather_pays
-from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, has_hooks
 from mobilenets_zoo.models.mobilenetv2 import Bottleneck
 
 # float32 values in a 512-bit register: kernels for blocked layouts work on so many channels at once.
@@ -78,10 +79,10 @@ def as_convolution(conv: nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) -> Co
     """Returns what a layer computes, with zeros for a bias that it doesn't have; a masked layer is a dense one.
 
     Raises:
-        ValueError: the layer has forward hooks.
+        ValueError: the layer has hooks.
     """
-    if conv._forward_hooks or conv._forward_pre_hooks:
-        raise ValueError("can't rewrite a layer with forward hooks, which would be lost: remove them first")
+    if has_hooks(conv):
+        raise ValueError("can't rewrite a layer with hooks, which would be lost: remove them first")
     weight = (conv.masked_weight() if isinstance(conv, LearnedGroupConv2d) else conv.weight).detach()
     return Convolution(
         weight=weight,
@@ -96,12 +97,13 @@ def fold_batchnorm(layer: nn.Module) -> Convolution:
     """Returns the layer's convolution with the scale and shift of its BatchNorm in weight and bias.
 
     Raises:
-        ValueError: no such layer, BatchNorm without running statistics, or a convolution with forward hooks.
+        ValueError: no such layer, BatchNorm without running statistics, or a convolution with hooks.
     """
     conv: Any = getattr(layer, "conv", None)
     bn: Any = getattr(layer, "bn", None)
-    known = isinstance(conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d) and isinstance(bn, _BatchNorm)
-    if not known or not bn.track_running_stats:
+    known = isinstance(conv, nn.Conv2d | CondensedConv2d | LearnedGroupConv2d)
+    known &= isinstance(bn, _BatchNorm | FrozenBatchNormAct2d)  # the latter where timm.utils.freeze was called
+    if not known or bn.running_var is None:
         raise ValueError(f"can't rewrite a {type(layer).__name__} that isn't a convolution with BatchNorm behind it")
     convolution = as_convolution(conv)
     weight, bias = fuse_conv_bn_weights(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilenets_zoo.inference.rewrites import SIMD_CHANNELS, living_channels
-from mobilenets_zoo.lgc.layers import CondensedConv2d
+from mobilenets_zoo.lgc.layers import CondensedConv2d, has_hooks
 
 __all__ = ["remove_unread_channels_"]
 
@@ -80,7 +80,7 @@ def remove_unread_channels_(model: nn.Module) -> None:
 
 
 def _is_known(module: nn.Module) -> bool:
-    if not type(module).__module__.startswith(LIBRARIES) or module._forward_hooks or module._forward_pre_hooks:
+    if not type(module).__module__.startswith(LIBRARIES) or has_hooks(module):
         return False
     return {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} <= KNOWN
 

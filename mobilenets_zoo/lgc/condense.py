@@ -32,12 +32,12 @@ def condense(model: nn.Module) -> nn.Module:
     back as a plain copy.
 
     Raises:
-        ValueError: a layer's mask isn't finished (the message names the layer and the counts) or it has forward hooks,
+        ValueError: a layer's mask isn't finished (the message names the layer and the counts) or it has hooks,
             or the model has no learned group convolution.
     """
-    if not any(isinstance(module, (LearnedGroupConv2d, CondensedConv2d)) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to condense")
     layers = learned_layers(model)
+    if not layers and not any(isinstance(module, CondensedConv2d) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no LearnedGroupConv2d layer: there is nothing to condense")
     condensed: dict[int, CondensedConv2d] = {}  # by identity, so that a shared layer stays shared
     for name, layer in layers.items():
         try:
@@ -56,8 +56,8 @@ def check_equivalent(
 ) -> float:
     """Compares two models' outputs, a tensor or a list or dict of them; what else is in it doesn't count.
 
-    Both run without gradients and in the mode they are in; running statistics stay untouched. On a GPU nothing rounds
-    to TF32 meanwhile, before torch 2.9 no convolution.
+    Both run without gradients and autocast and in the mode they are in; running statistics stay untouched. On a GPU
+    nothing rounds to TF32 meanwhile, before torch 2.9 no convolution. What isn't finite must be equal.
 
     Args:
         a: the reference, a model or another function.
@@ -75,7 +75,7 @@ def check_equivalent(
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     models = ((model, isinstance(model, nn.Module) and any(m.training for m in model.modules())) for model in (a, b))
     a, b = (copy.deepcopy(model) if training else model for model, training in models)
-    with torch.no_grad(), _without_tf32():
+    with torch.no_grad(), _in_whole_precision():
         # Copies, since a model may change its input in place.
         outputs = (tree_leaves(model(*tree_map_only(torch.Tensor, torch.clone, arguments))) for model in (a, b))
         # Some devices know no double precision.
@@ -87,9 +87,12 @@ def check_equivalent(
         raise ValueError(f"not equivalent: output shapes {shapes[0]} and {shapes[1]}")
     largest = 0.0
     for x, y in zip(expected, actual, strict=True):
-        scale = x.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        error = ((x.double() - y.double()).abs().max() / scale).item()
+        if not x.numel():
+            continue
         allowed = TOLERANCES.get(x.dtype, 0.0) if tolerance is None else tolerance
+        x, y = x.double(), y.double()
+        scale = x.where(x.isfinite(), 0.0).abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        error = ((x - y).where(x != y, 0.0).abs().max() / scale).item()
         if not error <= allowed:  # also catches NaN
             raise ValueError(
                 f"not equivalent: the largest error is {error:.3g} of the outputs' scale, more than {allowed:g}"
@@ -103,8 +106,8 @@ def _real(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Lets convolutions on a GPU compute in whole float32, from torch 2.9 on matrix products, too."""
+def _in_whole_precision() -> Iterator[None]:
+    """Ends autocast; lets convolutions on a GPU compute in whole float32, from torch 2.9 on matrix products, too."""
     cudnn: Any = torch.backends.cudnn
     # Where a user has set newer versions' settings, reading the old one raises.
     new = hasattr(cudnn, "conv")
@@ -114,7 +117,10 @@ def _without_tf32() -> Iterator[None]:
     try:
         for each in settings:
             setattr(each, name, exact)
-        yield
+        with contextlib.ExitStack() as stack:
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for each, value in zip(settings, before, strict=True):
             setattr(each, name, value)

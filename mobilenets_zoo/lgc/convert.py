@@ -10,8 +10,8 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from mobilenets_zoo.lgc.condense import condense, learned_layers
-from mobilenets_zoo.lgc.layers import LearnedGroupConv2d
+from mobilenets_zoo.lgc.condense import learned_layers
+from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, has_hooks
 from mobilenets_zoo.profiling import Profile, input_size_of, profile
 
 __all__ = ["ConversionReport", "to_learned_group_conv"]
@@ -73,7 +73,8 @@ def to_learned_group_conv(
     if min(groups, condense_factor) < 1:
         raise ValueError(f"groups and condense_factor must be 1 or larger, not {groups} and {condense_factor}")
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    blocks = [block for block in model.modules() if hasattr(block, "reparameterize")]
+    merges = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model calls
+    blocks = [block for block in model.modules() if block is not model and any(hasattr(block, n) for n in merges)]
     done = ("reparam_conv", "is_fused", "infer_mode")  # how timm's blocks remember that they have merged
     blocks = [block for block in blocks if not any(getattr(block, name, None) for name in done)]
     merging = {module for block in blocks for module in block.modules()}
@@ -101,13 +102,9 @@ def to_learned_group_conv(
     result = copy.deepcopy(model, memo=dict(learned))
 
     size = input_size or input_size_of(model) or (3, 224, 224)
-    finished = copy.deepcopy(result)
-    for layer in learned_layers(finished).values():
-        layer._forward_hooks.clear()  # it is only counted
-        layer._forward_pre_hooks.clear()
-        layer.prune_(layer.in_channels // layer.condense_factor)
+    condensed = {id(layer): _condensed_alike(layer) for layer in learned_layers(result).values()}
     try:
-        before, after = profile(model, size), profile(condense(finished), size)
+        before, after = profile(model, size), profile(copy.deepcopy(result, memo=dict(condensed)), size)
     except Exception as error:  # an AssertionError of networks with a fixed size
         raise ValueError(f"can't count MACs at input_size={size}; pass what the model takes: {error}") from error
     return result, ConversionReport(tuple(converted), left, before, after)
@@ -118,7 +115,7 @@ def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[
     obstacles = {
         f"a {type(module).__name__} does more than convolve": type(module) not in PLAIN_CONVOLUTIONS,
         "not 1x1: " + "x".join(map(str, module.kernel_size)): module.kernel_size != (1, 1),
-        "it has hooks": bool(module._forward_hooks or module._forward_pre_hooks),
+        "it has hooks": has_hooks(module),
         f"grouped already: groups={module.groups}": module.groups > 1,
         f"padding {module.padding}": module.padding not in (0, (0, 0), "valid", "same"),
         f"in_channels {module.in_channels} isn't a multiple of {condense_factor}": module.in_channels % condense_factor,
@@ -137,3 +134,11 @@ def _learned(module: nn.Conv2d, groups: int, condense_factor: int) -> LearnedGro
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return layer.train(module.training)
+
+
+def _condensed_alike(layer: LearnedGroupConv2d) -> CondensedConv2d:
+    """Returns a layer of the form that `condense` would give, to be counted: its weights are none."""
+    sizes = (layer.in_channels, layer.out_channels, layer.groups, layer.condense_factor)
+    with torch.random.fork_rng(devices=[]):
+        condensed = CondensedConv2d(*sizes, stride=layer.stride, bias=layer.bias is not None)
+    return condensed.to(layer.weight)

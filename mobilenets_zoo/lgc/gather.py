@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-__all__ = ["ONNX_MIN_SAVED", "condensed_conv2d", "gather_channels_last", "gather_pays"]
+__all__ = ["ONNX_MIN_SAVED", "condensed_conv2d", "gather_pays"]
 
 # ONNX Runtime gathers whole planes, where eager PyTorch moves single values in channels_last.
 ONNX_MIN_SAVED = 48
@@ -52,20 +52,15 @@ def condensed_conv2d(
         return out.unflatten(-1, (height, width)).reshape(x.shape[:-3] + weight.shape[:1] + x.shape[-2:])
 
     if x.is_cpu and gather_pays(weight.shape[0], x.shape[-3], groups, inputs_per_group):
-        return F.conv2d(gather_channels_last(x, index), weight, groups=groups)
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+        # torch.gather uses all threads here, index_select only one.
+        gathered = pixels.gather(1, index.expand(len(pixels), -1)).reshape(len(x), height, width, -1)
+        return F.conv2d(gathered.permute(0, 3, 1, 2), weight, groups=groups)
     columns = index.reshape(groups, 1, inputs_per_group).expand(-1, weight.shape[0] // groups, -1)
     grouped = weight.reshape(groups, -1, inputs_per_group)
     # Added up, because a group may name an input twice after rewrites for inference.
     dense = grouped.new_zeros(groups, grouped.shape[1], x.shape[1]).scatter_add_(2, columns, grouped)
     return F.conv2d(x, dense.reshape(-1, x.shape[1], 1, 1))
-
-
-def gather_channels_last(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Returns the channels `index` of x, (N, in_channels, H, W), both in channels_last layout."""
-    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-    # torch.gather uses all threads here, index_select only one.
-    gathered = pixels.gather(1, index.expand(pixels.shape[0], -1))
-    return gathered.reshape(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
 
 
 # The layout decides which form runs, and a traced tensor has none: keep the function whole in torch.fx graphs, which

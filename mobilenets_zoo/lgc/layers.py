@@ -169,11 +169,11 @@ class LearnedGroupConv2d(_GroupConv2d):
         Device, dtype, training flag and requires_grad carry over.
 
         Raises:
-            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs, or the layer has forward
+            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs, or the layer has
                 hooks, which the new one wouldn't have.
         """
-        if self._forward_hooks or self._forward_pre_hooks:
-            raise ValueError("can't condense a layer with forward hooks, which would be lost: remove them first")
+        if has_hooks(self):
+            raise ValueError("can't condense a layer with hooks, which would be lost: remove them first")
         weight, index = condense_weight(self.weight.detach(), self.mask, self.condense_factor)
         sizes = (self.in_channels, self.out_channels, self.groups, self.condense_factor)
         # All tensors are replaced, so that none need be drawn.
@@ -224,6 +224,12 @@ class CondensedConv2d(_GroupConv2d):
                 errors.append(f"{prefix}index: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called with a module's inputs, outputs or gradients, which a module in its place loses."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def condense_weight(
