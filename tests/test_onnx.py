@@ -84,6 +84,10 @@ def test_int8_chain_has_no_gap(tmp_path):
     assert len(convolutions) == 57
     assert all(producers[node.input[i]] == "DequantizeLinear" for node in convolutions for i in (0, 1))
     assert (tmp_path / "int8.onnx").stat().st_size < 0.4 * 4 * mz.profile(network).params
+    weights = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
+    largest = [int(np.abs(weight.astype(int)).max()) for weight in weights if weight.dtype == np.int8 and weight.any()]
+    assert len(largest) > 57
+    assert max(largest) == 64  # of seven bits: no sum of two products overflows
 
 
 def test_a_mismatch_leaves_the_old_file(tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ def export_onnx(
         preprocessing: take uint8 images (N, H, W, C), input "images", and put out probabilities "probabilities";
             else take normalised float32 images (N, C, H, W), "input", and put out "logits".
         calibration_images: uint8 (N, H, W, C), a few hundred training images: writes an int8 network (static
-            quantisation, weights per channel). Its outputs are not compared, measure its accuracy.
+            quantisation, weights per channel and of seven bits, which overflow on no processor). Its outputs are not
+            compared, measure its accuracy.
         input_size: (channels, height, width); by default the model's own, from its `pretrained_cfg`.
 
     Raises:
@@ -256,6 +257,7 @@ def _quantized(data: bytes, folder: Path, feeds: np.ndarray) -> bytes:
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Clip", "GlobalAveragePool", "Gather"],
         per_channel=True,
+        reduce_range=True,  # else sums of two products overflow 16 bits on x86 processors without VNNI
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )
