@@ -245,6 +245,23 @@ def test_dropped_inputs_stay_dropped():
     assert layer.masked_weight().equal(layer.weight)
 
 
+def test_the_number_of_threads_changes_nothing():
+    torch.manual_seed(0)
+    before, images, weights = torch.get_num_threads(), torch.randn(8, 288, 8, 8), []
+    layer = mz.LearnedGroupConv2d(288, 64)
+    try:
+        for threads in (before, 2):
+            torch.set_num_threads(threads)
+            pruned = copy.deepcopy(layer)
+            mz.prune_groups(pruned, images)
+            weights.append(pruned.masked_weight())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(*weights, atol=1e-6)
+    with torch.no_grad():
+        assert (layer(images) - pruned(images)).square().mean() < layer(images).square().mean()
+
+
 def test_sharing_makes_groups_agree():
     torch.manual_seed(0)
     models = [nn.Sequential(mz.LearnedGroupConv2d(64, 64))]

@@ -337,7 +337,9 @@ def _choose_and_fit(
     ridge = F.pad(RIDGE[0] * powers + RIDGE[1] * powers.mean().clamp_min(1e-300), (0, 1))  # none on the bias
     # What is dropped already becomes a row and a column of the identity matrix.
     kept = keep.unsqueeze(1) & keep.unsqueeze(2)
-    inverse = torch.linalg.inv(second * kept + torch.diag_embed(torch.where(keep, ridge, 1.0)))
+    # Not by torch.linalg.inv: of batches it is wrong on a CPU once torch.set_num_threads was called (torch 2.14, MKL).
+    definite = second * kept + torch.diag_embed(torch.where(keep, ridge, 1.0))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(definite))
     weight = (cross * keep.unsqueeze(1)) @ inverse
     # The inverse loses a rank with each input. Only its diagonal is kept up to date; a row is computed when it is
     # needed: the inverse is by then what it was at first less factors^T factors.
