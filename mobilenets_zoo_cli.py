@@ -202,10 +202,10 @@ def predict(images: tuple[str, ...], name: Optional[str], top: int, demo: bool, 
             model(pixels)  # the first pass prepares kernels and would be all that is timed
             start = time.perf_counter()
             probabilities = model(pixels).softmax(1)[0]
+        milliseconds = round(1000.0 * (time.perf_counter() - start), 2)
         if not probabilities.isfinite().all():
             results.append({"image": image, "error": f"{_printable(image)}: the network's outputs aren't finite"})
             continue
-        milliseconds = round(1000.0 * (time.perf_counter() - start), 2)
         best = probabilities.topk(min(top, len(classes)))
         predictions = [
             {"class": classes[label], "label": label, "probability": probability}

@@ -131,7 +131,8 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         Images of the model's input size, uint8 (N, height, width, 3).
 
     Raises:
-        ValueError: no such data, an image that can't be read, or test images alone where training ones are asked for.
+        ValueError: no such data, an image that can't be read, test images alone where training ones are asked for, or
+            folders that may be splits or classes.
     """
     root = Path(source)
     if not os.path.exists(root) and str(source) not in HUB_DATASETS:
@@ -152,9 +153,10 @@ def read_split(source: str | Path, split: str, model: Any, track: Callable[[Any]
         tests_alone = not found["train"] and (named_test or found["test"] is not None)
         divided = tests_alone or found["test"] is not None
         top = found[split if divided else "train"] or root
-        kept = {name for names in SPLITS.values() for name in names}
-        for path in _visible(root) if top != root else []:
-            if path.name.lower() not in kept and any(f.suffix.lower() in EXTENSIONS for f in path.rglob("*")):
+        # Where the other split is missing, this one may be a class of that name.
+        beside = [path for path in _visible(root) if path not in found.values()] if None in found.values() else []
+        for path in beside if top != root else []:
+            if any(file.suffix.lower() in EXTENSIONS for file in _visible(path, "**/*")):
                 raise ValueError(
                     f"{path}: holds images beside {top.name}, which would be left out; move it away, or, if both are "
                     f"classes, all of them into a new folder named train"

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from mobilenets_zoo.data import ImageSet, read_split
 from mobilenets_zoo.evaluation import evaluate, preprocess, some
 from mobilenets_zoo.models._base import MobileNetBase
 from mobilenets_zoo.normalisation import normalise_
-from mobilenets_zoo.pretrained import write_config
+from mobilenets_zoo.pretrained import weights_as_stored, write_config
 from mobilenets_zoo.profiling import eval_mode
 from mobilenets_zoo.utils import atomic_write, write_json
 
@@ -102,8 +103,9 @@ def finetune(
         RuntimeError: no such network or device, or weights that are missing or altered.
         OSError: a file can't be read or written.
     """
-    if tuple(map(int, timm.__version__.split(".")[:3])) < OLDEST_TIMM:
-        raise ValueError(f"fine-tuning needs timm 1.0.31 or newer, this is {timm.__version__}; run pip install -U timm")
+    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < OLDEST_TIMM:
+        oldest = ".".join(map(str, OLDEST_TIMM))
+        raise ValueError(f"fine-tuning needs timm {oldest} or newer, this is {timm.__version__}; upgrade it with pip")
     if out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{out} lies in the folder of the images; choose another one for --out")
     if out.exists() and not out.is_dir():
@@ -119,8 +121,7 @@ def finetune(
 
     start = time.perf_counter()
     model = create(name, settings)
-    with tempfile.TemporaryDirectory() as folder:  # raises where the result couldn't be stored
-        mz.save_weights(model, Path(folder) / "model.safetensors")
+    weights_as_stored(model)  # raises where the result couldn't be stored
     read = partial(progress.track, description="read images")
     train_set, test_set = (read_split(source, split, model, read) for split in ("train", "test"))
     if one_sided := set(train_set.classes) ^ set(test_set.classes):
@@ -205,10 +206,12 @@ def create(name: str, settings: Settings) -> Any:
     try:
         with eval_mode(model), torch.no_grad():
             logits = model(black)
-            alone = classifier(model.forward_head(model.forward_features(black), pre_logits=True))
     except Exception as error:  # an AssertionError of networks with a fixed size, others of too small ones
         raise ValueError(f"{name} can't take images of {size[1]}x{size[2]} pixels: {error}; change --size") from error
-    if logits.shape != alone.shape or not torch.allclose(logits, alone, rtol=1e-3, atol=1e-3):
+    with eval_mode(model), torch.no_grad():
+        alone = classifier(model.forward_head(model.forward_features(black), pre_logits=True))
+    same = isinstance(logits, torch.Tensor) and logits.shape == alone.shape
+    if not same or not torch.allclose(logits, alone, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ValueError(f"{name}: more than its classifier makes its outputs; give another network")
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size, tag="finetuned")
     for layer in mz.learned_layers(model).values():  # a finished mask stays as it is

@@ -302,6 +302,12 @@ def save_weights(model: nn.Module, path: Union[str, Path]) -> None:
         ValueError: a mask isn't finished, or a weight doesn't fit half precision.
         OSError: the file can't be written.
     """
+    with atomic_write(path) as file:
+        file.write(weights_as_stored(model))
+
+
+def weights_as_stored(model: nn.Module) -> bytes:
+    """Returns the content of the file that `save_weights` writes; raises its ValueError."""
     model = normalise_((condense(model) if learned_layers(model) else copy.deepcopy(model)).cpu())
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     for name, module in model.named_modules():
@@ -310,8 +316,7 @@ def save_weights(model: nn.Module, path: Union[str, Path]) -> None:
                 state[key] = state[key].half()
                 if not torch.isfinite(state[key]).all():
                     raise ValueError(f"{key} holds values that half precision can't represent")
-    with atomic_write(path) as file:
-        file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+    return safetensors.torch.save(state, metadata={"format": "pt"})
 
 
 def write_config(model: nn.Module, path: Union[str, Path]) -> None:

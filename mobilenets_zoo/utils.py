@@ -29,7 +29,7 @@ def atomic_write(path: str | Path, mode: str = "wb", **kwargs: Any) -> Iterator[
     Raises:
         OSError: no such folder, or it can't be written; nothing is left behind.
     """
-    path = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
+    path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")

@@ -216,6 +216,14 @@ def test_unbatched_and_strided_inputs_work():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_traced_layer_takes_any_batch(memory_format):
+    layer = mz.CondensedConv2d(64, 384).eval()
+    images = torch.randn(3, 64, 5, 5).to(memory_format=memory_format)
+    traced = torch.jit.trace(layer, images[:2])
+    mz.check_equivalent(layer, traced, images)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_condensed_layer_under_autocast(memory_format):
     layer = mz.LearnedGroupConv2d(64, 256, 4, 4, bias=True).prune_(16)
     x = torch.randn(2, 64, 8, 8).to(memory_format=memory_format)

@@ -427,8 +427,11 @@ def test_nothing_to_convert():
 
 
 def test_timm_merges_nothing_that_was_converted():
-    learned, report = mz.to_learned_group_conv(timm.create_model("efficientvit_m0", num_classes=10).eval())
+    model = timm.create_model("efficientvit_m0", num_classes=10).eval()
+    learned, report = mz.to_learned_group_conv(model)
     assert any("merges weights" in reason for reason in report.left.values())
+    done = mz.to_learned_group_conv(timm.utils.reparameterize_model(model))[1]
+    assert not any("merges weights" in reason for reason in done.left.values())
     for layer in mz.learned_layers(learned).values():
         layer.prune_(layer.in_channels // layer.condense_factor)
     merged = timm.utils.reparameterize_model(mz.condense(learned))

@@ -125,12 +125,12 @@ def export_onnx(
     tolerance = exact if calibration_images is None else sys.float_info.max
     try:
         exported = OnnxClassifier(data)
-        for inputs in (sample[:1], sample):
-            check_equivalent(network, lambda x: torch.from_numpy(exported(x.numpy())), inputs, tolerance)
-    except ValueError:
-        raise
+        batches = [sample[:1], sample]
+        outputs = [torch.from_numpy(exported(batch.numpy())) for batch in batches]
     except Exception as error:  # ONNX Runtime's have no class in common but this
         raise ValueError(f"ONNX Runtime refuses {type(model).__name__}: {error}") from error
+    for batch, output in zip(batches, outputs, strict=True):
+        check_equivalent(network, lambda _, output=output: output, batch, tolerance)
     with atomic_write(path) as file:
         file.write(data)
 

@@ -56,8 +56,9 @@ def check_equivalent(
 ) -> float:
     """Compares two models' outputs, a tensor or a list or dict of them; what else is in it doesn't count.
 
-    Both run without gradients and autocast and in the mode they are in; running statistics stay untouched. On a GPU
-    nothing rounds to TF32 meanwhile, before torch 2.9 no convolution. What isn't finite must be equal.
+    Both run without gradients, on CPUs and CUDA without autocast, and in the mode they are in; running statistics stay
+    untouched. On a GPU nothing rounds to TF32 meanwhile, before torch 2.9 no convolution. Infinite outputs must be
+    equal, and NaN is equal to nothing.
 
     Args:
         a: the reference, a model or another function.

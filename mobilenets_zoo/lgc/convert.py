@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilenets_zoo.lgc.condense import learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, has_hooks
@@ -74,9 +75,11 @@ def to_learned_group_conv(
         raise ValueError(f"groups and condense_factor must be 1 or larger, not {groups} and {condense_factor}")
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     merges = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model calls
-    blocks = [block for block in model.modules() if block is not model and any(hasattr(block, n) for n in merges)]
-    done = ("reparam_conv", "is_fused", "infer_mode")  # how timm's blocks remember that they have merged
+    blocks = [block for block in model.modules() if block is not model and _has_method(block, merges)]
+    done = ("reparam_conv", "is_fused", "fused", "infer_mode")  # how timm's blocks remember that they have merged
     blocks = [block for block in blocks if not any(getattr(block, name, None) for name in done)]
+    # Others don't: what has no BatchNorm left has merged.
+    blocks = [block for block in blocks if any(isinstance(module, _BatchNorm) for module in block.modules())]
     merging = {module for block in blocks for module in block.modules()}
     users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     left: dict[str, str] = {}
@@ -108,6 +111,10 @@ def to_learned_group_conv(
     except Exception as error:  # an AssertionError of networks with a fixed size
         raise ValueError(f"can't count MACs at input_size={size}; pass what the model takes: {error}") from error
     return result, ConversionReport(tuple(converted), left, before, after)
+
+
+def _has_method(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(callable(getattr(type(module), name, None)) for name in names)  # not a submodule of that name
 
 
 def _obstacle(module: nn.Conv2d, groups: int, condense_factor: int) -> Optional[str]:

@@ -54,7 +54,7 @@ def condensed_conv2d(
     if x.is_cpu and gather_pays(weight.shape[0], x.shape[-3], groups, inputs_per_group):
         pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
         # torch.gather uses all threads here, index_select only one.
-        gathered = pixels.gather(1, index.expand(len(pixels), -1)).reshape(len(x), height, width, -1)
+        gathered = pixels.gather(1, index.expand(pixels.shape[0], -1)).reshape(x.shape[0], height, width, -1)
         return F.conv2d(gathered.permute(0, 3, 1, 2), weight, groups=groups)
     columns = index.reshape(groups, 1, inputs_per_group).expand(-1, weight.shape[0] // groups, -1)
     grouped = weight.reshape(groups, -1, inputs_per_group)
