@@ -185,8 +185,8 @@ def create(name: str, settings: Settings) -> Any:
     """Returns the network to start from, still with its own classes.
 
     Raises:
-        ValueError: it doesn't take colour images, or not of this size, its classifier isn't one linear layer, or
-            somebody else's folder can't be loaded.
+        ValueError: it doesn't take colour images, or not of this size, its classifier isn't one linear layer or
+            not all that makes its outputs, or somebody else's folder can't be loaded.
     """
     torch.manual_seed(settings.seed)
     try:

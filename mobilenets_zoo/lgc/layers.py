@@ -169,8 +169,8 @@ class LearnedGroupConv2d(_GroupConv2d):
         Device, dtype, training flag and requires_grad carry over.
 
         Raises:
-            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs, or the layer has
-                hooks, which the new one wouldn't have.
+            ValueError: a group doesn't hold exactly in_channels / condense_factor inputs, or the layer has hooks, which
+                the new one wouldn't have.
         """
         if has_hooks(self):
             raise ValueError("can't condense a layer with hooks, which would be lost: remove them first")
