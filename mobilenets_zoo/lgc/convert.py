@@ -9,7 +9,6 @@ from typing import Optional
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mobilenets_zoo.lgc.condense import learned_layers
 from mobilenets_zoo.lgc.layers import CondensedConv2d, LearnedGroupConv2d, has_hooks
@@ -78,8 +77,8 @@ def to_learned_group_conv(
     blocks = [block for block in model.modules() if block is not model and _has_method(block, merges)]
     done = ("reparam_conv", "is_fused", "fused", "infer_mode")  # how timm's blocks remember that they have merged
     blocks = [block for block in blocks if not any(getattr(block, name, None) for name in done)]
-    # Others don't: what has no BatchNorm left has merged.
-    blocks = [block for block in blocks if any(isinstance(module, _BatchNorm) for module in block.modules())]
+    # Others don't: what has no BatchNorm left, frozen or not, has merged.
+    blocks = [block for block in blocks if any(hasattr(module, "running_var") for module in block.modules())]
     merging = {module for block in blocks for module in block.modules()}
     users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     left: dict[str, str] = {}
